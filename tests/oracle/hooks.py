@@ -1,0 +1,241 @@
+"""The reference: one forward per patch on a HuggingFace model, with PyTorch hooks and nothing else.
+
+Activations are those of one unpadded prompt: [position, d_model]; [position, head, d_head] for q, k, v, q_rot,
+k_rot and z; [position, head, d_model] for head_out; [head, query, key] for pattern; [position, d_mlp] for mlp_pre
+and neuron.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import dot_products
+from .names import columns, kv_heads, names_of, output_matrix
+
+KINDS = (
+    "embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "q_rot", "k_rot",
+    "z", "head_out", "pattern", "mlp_pre", "neuron",
+)  # fmt: skip
+#: Kinds that are taken from the dot product itself, which only eager attention spells out.
+DOT_PRODUCT_KINDS = ("q_rot", "k_rot", "pattern")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One write. `value` is what `Oracle.read` gives for the site, or anything that broadcasts to it.
+
+    positions: rows to write (queries, for a pattern), counted from 0 or from the end; None is all of them.
+    op: "replace", "add" or "zero".
+    """
+
+    kind: str
+    layer: int = 0
+    value: Tensor | float = 0.0
+    positions: tuple[int, ...] | None = None
+    head: int | None = None
+    unit: int | None = None
+    op: str = "replace"
+
+    def apply(self, old: Tensor) -> Tensor:
+        """`old` with the patch written in; positions are the first axis."""
+        value = torch.as_tensor(self.value, dtype=old.dtype)
+        if self.kind == "pattern" and value.ndim == 3:
+            value = value.transpose(0, 1)
+        new = {"replace": value, "add": old + value, "zero": torch.zeros_like(old)}[self.op]
+        here = torch.ones(old.shape, dtype=torch.bool)
+        if self.positions is not None:
+            rows = torch.zeros(len(old), dtype=torch.bool)
+            rows[list(self.positions)] = True
+            here &= rows.view(-1, *[1] * (old.ndim - 1))
+        if self.head is not None:
+            here &= (torch.arange(old.shape[1]) == self.head).view(1, -1, *[1] * (old.ndim - 2))
+        if self.unit is not None:
+            here &= torch.arange(old.shape[-1]) == self.unit
+        return torch.where(here, new, old)
+
+
+class Oracle:
+    """Reads and patches activations of a causal language model, one prompt and one forward at a time.
+
+    The model is copied, so that nothing else that is done to it touches the oracle (`copy_model=False`: hooks are
+    put on the model itself and taken off again).
+    """
+
+    def __init__(self, hf_model: nn.Module, copy_model: bool = True) -> None:
+        self.model: Any = copy.deepcopy(hf_model).eval() if copy_model else hf_model
+        self.config: Any = self.model.config.get_text_config()
+        self.names = names_of(self.config)
+        self.blocks: Any = self.model.get_submodule(self.names.blocks)
+        self.n_layers = len(self.blocks)
+        self.n_heads: int = self.config.num_attention_heads
+        self.n_kv_heads = kv_heads(self.config)
+        self.d_head = output_matrix(self.part(0, "o"), self.n_heads).shape[1]
+        #: What the block multiplies an attention or MLP output with before it adds it (Granite).
+        self.scale: float = getattr(self.config, "residual_multiplier", 1.0)
+
+    def part(self, layer: int, name: str) -> nn.Module:
+        """A module of a block by its field in `Names`."""
+        return self.blocks[layer].get_submodule(getattr(self.names, name))
+
+    def run(self, ids: Sequence[int], patches: Iterable[Patch] = ()) -> Tensor:
+        """Logits [position, d_vocab] in fp32 of one prompt, with the patches written."""
+        return self._forward(ids, list(patches), {})
+
+    def read(self, ids: Sequence[int], kind: str, layer: int = 0, patches: Iterable[Patch] = ()) -> Tensor:
+        """The activation at a site in the run of `ids` (with other patches written, where given).
+
+        Raises:
+            LookupError: the architecture has no such site.
+        """
+        seen: dict[tuple[str, int], Tensor] = {(kind, layer): torch.empty(0)}
+        self._forward(ids, list(patches), seen)
+        return seen[kind, layer].transpose(0, 1) if kind == "pattern" else seen[kind, layer]
+
+    def patched(
+        self,
+        ids: Sequence[int],
+        source_ids: Sequence[int] | None,
+        kind: str,
+        layer: int = 0,
+        positions: Sequence[int] | None = None,
+        head: int | None = None,
+        unit: int | None = None,
+        op: str = "replace",
+        value: Tensor | float | None = None,
+    ) -> Tensor:
+        """Logits of the base prompt `ids` with one site taken from the source's run or from `value`."""
+        if value is None and op != "zero":
+            assert source_ids is not None, "a source prompt or a value is needed"
+            value = self.read(source_ids, kind, layer)
+        rows = None if positions is None else tuple(positions)
+        return self.run(ids, [Patch(kind, layer, 0.0 if value is None else value, rows, head, unit, op)])
+
+    def sweep(
+        self,
+        clean_ids: Sequence[int],
+        corrupted_ids: Sequence[int],
+        kind: str,
+        metric: Callable[[Tensor], float],
+        direction: str = "noising",
+        over: str = "position",
+        layers: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The naive loop, one forward per cell: `metric(logits)` as [layer, cell], over positions, heads or units."""
+        base, source = (clean_ids, corrupted_ids) if direction == "noising" else (corrupted_ids, clean_ids)
+        rows = []
+        for layer in range(self.n_layers) if layers is None else layers:
+            value = self.read(source, kind, layer)
+            axis = {"position": 0, "head": 0 if kind == "pattern" else 1, "unit": -1}[over]
+            row = []
+            for i in range(value.shape[axis]):
+                where = (i,) if over == "position" else None
+                head, unit = (i if over == "head" else None), (i if over == "unit" else None)
+                row.append(metric(self.run(base, [Patch(kind, layer, value, where, head, unit)])))
+            rows.append(row)
+        return torch.tensor(rows)
+
+    @torch.no_grad()
+    def _forward(
+        self, ids: Sequence[int], patches: list[Patch], seen: dict[tuple[str, int], Tensor]
+    ) -> Tensor:
+        """Run with every patch written; sites that are keys of `seen` get what they hold after the writes."""
+        sites = {(p.kind, p.layer) for p in patches} | set(seen)
+        with ExitStack() as stack:
+
+            def rewrite(kind: str, layer: int, old: Tensor) -> Tensor:
+                new = old
+                for patch in patches:
+                    if (patch.kind, patch.layer) == (kind, layer):
+                        new = patch.apply(new)
+                if (kind, layer) in seen:
+                    seen[kind, layer] = new.clone()  # later modules may write in place
+                return new
+
+            if any(kind in DOT_PRODUCT_KINDS for kind, _ in sites):
+                here = {site: partial(rewrite, *site) for site in sites if site[0] in DOT_PRODUCT_KINDS}
+                stack.enter_context(dot_products(self, here))
+            for kind, layer in sorted(sites):
+                if kind not in DOT_PRODUCT_KINDS:
+                    self._hook(stack, kind, layer, partial(rewrite, kind, layer))
+            logits = self.model(torch.tensor([list(ids)], device=self.model.device), use_cache=False).logits
+        return logits[0].float()
+
+    def _hook(self, stack: ExitStack, kind: str, layer: int, change: Callable[[Tensor], Tensor]) -> None:
+        """Put one site's hook on the model; `change` sees the activation, positions as its first axis."""
+        names = self.names
+        if kind in ("embed", "resid_pre", "resid_post"):
+            module = self.model.get_input_embeddings() if kind == "embed" else self.blocks[layer]
+            self._edit(stack, module, "in" if kind == "resid_pre" else "out", lambda t: change(t[0])[None])
+        elif kind == "resid_mid":
+            if names.parallel:
+                raise LookupError(f"no resid_mid in {self.config.model_type}: attention and MLP are parallel")
+            # the norm's input is also the residual: a write in place reaches both
+            module = self.part(layer, "mid")
+            self._edit(stack, module, "in", lambda t: t.copy_(change(self._rows(t).clone()).view(t.shape)))
+        elif kind in ("attn_out", "mlp_out"):
+            module, scale = self.part(layer, kind), self.scale
+            self._edit(stack, module, "out", lambda t: (change(self._rows(t) * scale) / scale).view(t.shape))
+        elif kind in ("q", "k", "v"):
+            index = columns(names, kind, self.n_heads, self.n_kv_heads, self.d_head)
+
+            def write(t: Tensor) -> Tensor:
+                rows = self._rows(t).clone()
+                rows[:, index] = change(rows[:, index])
+                return rows.view(t.shape)
+
+            self._edit(stack, self.part(layer, "qkv" if names.qkv else kind), "out", write)
+        elif kind == "z":
+            shape = (-1, self.n_heads, self.d_head)
+            module = self.part(layer, "o")
+            self._edit(stack, module, "in", lambda t: change(t[0].reshape(shape)).reshape(t.shape))
+        elif kind == "head_out":
+            matrix = output_matrix(self.part(layer, "o"), self.n_heads)
+
+            def add(t: Tensor, z: Tensor) -> Tensor:
+                old = torch.einsum("phd,hdm->phm", z[0].reshape(-1, self.n_heads, self.d_head), matrix)
+                return t + (change(old) - old).sum(1)
+
+            handle = self.part(layer, "o").register_forward_hook(lambda _, args, output: add(output, args[0]))
+            stack.callback(handle.remove)
+        elif kind in ("mlp_pre", "neuron"):
+            if not names.down:
+                raise LookupError(f"no {kind} in {self.config.model_type}: its experts are fused")
+            module = self.part(layer, "act" if kind == "mlp_pre" else "down")
+            self._edit(stack, module, "in", lambda t: change(self._rows(t)).view(t.shape))
+        else:
+            raise LookupError(f"no kind of site {kind!r}; the kinds are {KINDS}")
+
+    @staticmethod
+    def _rows(t: Tensor) -> Tensor:
+        """[position, feature] of a batch of one, whether or not the module dropped the batch axis (OPT)."""
+        return t.view(-1, t.shape[-1])
+
+    @staticmethod
+    def _edit(stack: ExitStack, module: nn.Module, side: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace a module's first input, or its output (the first of a tuple), by `change` of it."""
+
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if args:
+                return (change(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+        def after(_: nn.Module, args: tuple, output: Any) -> Any:
+            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+        if side == "in":
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        else:
+            stack.callback(module.register_forward_hook(after).remove)
+
+
+def logit_diff(right: int, wrong: int, position: int = -1) -> Callable[[Tensor], float]:
+    """A metric for `Oracle.sweep`: logit of `right` minus logit of `wrong` at one position."""
+    return lambda logits: float(logits[position, right] - logits[position, wrong])
