@@ -1,0 +1,100 @@
+"""Edits: what is done to an activation at a site, and the compact table in which edits travel.
+
+An `Edit` is a site, an operation and where the new value comes from. Standard library and torch only; the table and
+its reader also travel to a remote server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import PlanError
+from .sites import KINDS, Site
+
+OPS = ("replace", "set", "add", "scale")
+#: Columns of the table of edits. -1 stands for "all" (column, head, unit) or "none" (source, value).
+FIELDS = ("layer", "kind", "op", "row", "source", "column", "source_column", "head", "unit", "value")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change of one activation.
+
+    `op` is "replace" (by the source run's activation at the same site), "set" (to `value`: a number, or a tensor over
+    the last dimension), "add" (`value` is added) or "scale" (multiplied by the number `value`).
+
+    Raises:
+        PlanError: unknown operation, or a value missing or given where none is used.
+    """
+
+    site: Site
+    op: str = "replace"
+    value: float | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise PlanError(f"unknown edit {self.op!r} at {self.site}; the edits are: {', '.join(OPS)}")
+        if (self.value is None) != (self.op == "replace"):
+            raise PlanError(f"edit {self.op!r} at {self.site} needs {'no' if self.op == 'replace' else 'a'} value")
+        if self.site.kind == "logits":
+            raise PlanError("the logits are what the metric reads; patch 'resid_post' of the last layer instead")
+
+
+def group_edits(table: Tensor) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Split a table `[edit, field]` into batches that one indexed assignment can do: {(layer, kind): [group, …]}.
+
+    A group holds one index tensor per field, and `whole` / `everywhere`: no head or unit, all columns.
+    """
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    if not len(table):
+        return groups
+    place = {name: index for index, name in enumerate(FIELDS)}
+    key = table[:, [place["layer"], place["kind"], place["op"]]]
+    key = torch.cat([key, (table[:, [place["column"], place["head"], place["unit"]]] < 0).to(key.dtype)], dim=1)
+    unique, inverse = torch.unique(key, dim=0, return_inverse=True)
+    for index, (layer, kind, op, everywhere, no_head, no_unit) in enumerate(unique.tolist()):
+        rows = table[inverse == index].long()
+        group: dict[str, Any] = {name: rows[:, position] for name, position in place.items()}
+        group.update(op=OPS[op], everywhere=bool(everywhere), no_head=bool(no_head), no_unit=bool(no_unit))
+        groups.setdefault((layer, KINDS[kind]), []).append(group)
+    return groups
+
+
+def locate(
+    group: dict[str, Any], rows: Tensor, columns: Tensor, x: Tensor, index: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Broadcastable indices (row, column, feature) into `x [row, position, feature]` for every edit of a group."""
+    device = x.device
+    column = torch.arange(x.shape[1])[None, :] if group["everywhere"] else columns[:, None]
+    if not group["no_unit"]:
+        feature = group["unit"][:, None]
+    elif not group["no_head"]:
+        assert index is not None
+        feature = index[group["head"]]
+    elif index is not None and index.numel() != x.shape[-1]:
+        feature = index.reshape(1, -1)  # one part of a fused projection
+    else:
+        feature = torch.arange(x.shape[-1])[None, :]
+    return rows[:, None, None].to(device), column[:, :, None].to(device), feature[:, None, :].to(device)
+
+
+def apply_group(x: Tensor, group: dict[str, Any], values: Tensor | None, index: Tensor | None) -> None:
+    """Do every edit of a group on `x [row, position, feature]`, in place.
+
+    `index [head, d_head]` says which features belong to which head; `values [value, position or 1, feature]` holds
+    the constants of this site.
+    """
+    target = locate(group, group["row"], group["column"], x, index)
+    if group["op"] == "replace":
+        x[target] = x[locate(group, group["source"], group["source_column"], x, index)]
+        return
+    assert values is not None
+    none = torch.zeros(1, 1, 1, dtype=torch.long, device=x.device)
+    place = group["source_column"][:, None, None].to(x.device) if values.shape[1] > 1 else none
+    feature = target[2] if values.shape[2] > 1 else none
+    value = values.to(x.device, x.dtype)[group["value"][:, None, None].to(x.device), place, feature]
+    x[target] = value if group["op"] == "set" else x[target] + value if group["op"] == "add" else x[target] * value

@@ -1,0 +1,1 @@
+"""The engine: schedules, traces, backends and the one loop over patches."""

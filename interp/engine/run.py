@@ -1,0 +1,269 @@
+"""The one loop over patches: plan → schedule → backend → labelled effects, with progress and checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from tqdm.auto import tqdm
+
+from ..effects import Effects
+from ..errors import MetricError, PlanError
+from ..metrics import Batch, Metric
+from ..models.model import Model
+from ..pairs import EncodedPairs, PromptPairs
+from ..plan import Plan, Resolved
+from ..seeds import current_seed
+from .schedule import SCHEDULES, Context, Job, check_direction, constants, make_job
+
+PACKAGES = ("interp", "torch", "transformers", "nnsight")
+
+
+def token_budget(model: Model) -> int:
+    """How many tokens one forward pass should hold: enough to saturate the device, not more than its memory.
+
+    On a CPU a forward pass is saturated by a few hundred tokens of a model as wide as GPT-2 small, and by more of a
+    narrower one. On a GPU, half of the free memory divided by what the activations of a token take.
+    """
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+        d_mlp = model.d_mlp or 4 * model.d_model
+        numbers = 8 * model.d_model + 3 * d_mlp + 4 * model.n_heads * model.d_head
+        return int(min(65536, max(512, 0.5 * free / (numbers * model.dtype.itemsize))))
+    return int(450 * max(1.0, 768 / model.d_model))
+
+
+def choose_schedule(model: Model, schedule: str) -> str:
+    """The schedule that runs: the one that is named, or the fastest that is exact on this family."""
+    if schedule == "auto":
+        return "growing" if model.family.alibi or model.family.moe else "prefix"
+    if schedule not in SCHEDULES:
+        raise PlanError(f"unknown schedule {schedule!r}; the schedules are: auto, {', '.join(SCHEDULES)}")
+    return schedule
+
+
+def check_metric(metric: Metric, encoded: EncodedPairs, d_vocab: int) -> None:
+    """Try a metric on random logits before the model runs.
+
+    Raises:
+        MetricError: it fails, needs what the pairs lack, returns another shape than [row], or NaN.
+    """
+    name = getattr(metric, "__name__", repr(metric))
+    rows = 3
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, d_vocab, generator=generator)
+
+    def tokens(sets: Any) -> torch.Tensor | None:
+        if sets is None:
+            return None
+        if all(len(item) == 1 for item in sets):
+            return torch.tensor([sets[0][0]] * rows)
+        width = max(len(item) for item in sets)
+        return torch.tensor([[*sets[0], *[-1] * (width - len(sets[0]))]] * rows)
+
+    batch = Batch(
+        answers=tokens(encoded.answers),
+        distractors=tokens(encoded.distractors),
+        clean_logits=logits.flip(0),
+        corrupted_logits=None if encoded.corrupted is None else logits.roll(1, 0),
+    )
+    missing = [key for key, value in batch.items() if value is None]
+    try:
+        out = metric(logits, batch)
+    except Exception as error:
+        lacks = f" (these pairs have no {' and no '.join(missing)})" if missing else ""
+        raise MetricError(f"metric {name} fails on logits [row, d_vocab] = {list(logits.shape)}{lacks}: {error}") from error
+    if not isinstance(out, torch.Tensor) or out.shape != (rows,):
+        got = f"shape {list(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
+        raise MetricError(f"metric {name} returned {got}; it must return one number per row, shape [row] = [{rows}]")
+    if out.isnan().any():
+        raise MetricError(f"metric {name} returned NaN on finite logits; shape {list(out.shape)}")
+
+
+def provenance(model: Model, encoded: EncodedPairs, pairs: PromptPairs | None, **more: Any) -> dict[str, Any]:
+    """What a record needs to say where it came from."""
+    labels = [list(row) for row in encoded.labels]
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "note": model.note,
+        "family": model.family.name,
+        "prefix": model.prefix,
+        "versions": {name: version(name) for name in PACKAGES},
+        "seed": current_seed(),
+        "prompts": {
+            "name": pairs.name if pairs is not None else "",
+            "clean": [list(prompt) for prompt in encoded.clean],
+            "corrupted": None if encoded.corrupted is None else [list(prompt) for prompt in encoded.corrupted],
+            "answers": None if encoded.answers is None else [list(tokens) for tokens in encoded.answers],
+            "distractors": None if encoded.distractors is None else [list(tokens) for tokens in encoded.distractors],
+        },
+        "tokens": labels,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **more,
+    }
+
+
+def context_of(model: Model, encoded: EncodedPairs, direction: str, resolved: Resolved, schedule: str) -> Context:
+    """What compiling needs to know about this model and these pairs."""
+    from transformers import DynamicCache
+
+    values, indices = constants(resolved)
+    accepts = frozenset(inspect.signature(type(model.hf).forward).parameters)
+    cache = DynamicCache if schedule == "prefix" else None
+    return Context(encoded, direction, model.taps, accepts, cache, values, indices)
+
+
+def run_plan(
+    model: Model,
+    pairs: PromptPairs,
+    plan: Plan,
+    metric: Metric,
+    direction: str,
+    *,
+    method: str,
+    schedule: str = "auto",
+    budget: int | None = None,
+    progress: bool | None = None,
+    checkpoint: Any = None,
+    needs_source: bool = True,
+) -> Effects:
+    """Every cell of a plan on every pair, as `Effects`. All methods that patch come through here."""
+    encoded = model.encode(pairs)
+    check_direction(direction, encoded, needs_source)
+    resolved = plan.resolve(model, encoded)
+    schedule = choose_schedule(model, schedule)
+    check_metric(metric, encoded, model.vocab_size)
+    context = context_of(model, encoded, direction, resolved, schedule)
+    budget = budget or token_budget(model)
+    identity = {
+        "model": model.name,
+        "revision": model.revision,
+        "dtype": str(model.dtype),
+        "metric": getattr(metric, "__qualname__", repr(metric)),
+        "budget": budget,
+        "method": method,
+    }
+    job = make_job(resolved, context, schedule, budget, identity)
+    base, source, values = run_job(model, job, metric, resolved, progress=progress, checkpoint=checkpoint)
+    record = provenance(
+        model,
+        encoded,
+        pairs,
+        method=method,
+        plan=resolved.spec,
+        metric=getattr(metric, "__name__", repr(metric)),
+        direction=direction,
+        schedule=schedule,
+        budget=budget,
+        forwards=len(job.chunks) + len(job.prepare),
+    )
+    return make_effects(resolved, values, base, source, direction, record)
+
+
+def make_effects(
+    resolved: Resolved,
+    values: np.ndarray,
+    base: np.ndarray,
+    source: np.ndarray | None,
+    direction: str,
+    record: dict[str, Any],
+) -> Effects:
+    """Label raw values `[cell, pair]` with the plan's dims."""
+    pairs = values.shape[1]
+    shape = tuple(len(labels) for _, labels in resolved.dims)
+    full = np.full((*shape, pairs), np.nan, dtype=np.float32)
+    for number, cell in enumerate(resolved.cells):
+        full[cell.index] = values[number]
+    coords = {name: list(labels) for name, labels in resolved.dims} | {"pair": np.arange(pairs)}
+    array = xr.DataArray(full, dims=[name for name, _ in resolved.dims] + ["pair"], coords=coords, name="metric")
+
+    def run(metric: np.ndarray | None) -> xr.DataArray | None:
+        return None if metric is None else xr.DataArray(metric, dims=["pair"], coords={"pair": np.arange(pairs)})
+
+    clean, corrupted = (base, source) if direction == "noising" else (source, base)
+    if source is None:
+        clean, corrupted = base, None
+    return Effects(values=array, clean=run(clean), corrupted=run(corrupted), provenance=record)
+
+
+def run_job(
+    model: Model,
+    job: Job,
+    metric: Metric,
+    resolved: Resolved,
+    *,
+    progress: bool | None = None,
+    checkpoint: Any = None,
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Base metric `[pair]`, source metric `[pair]` (or None), patched metric `[cell, pair]`."""
+    n_pairs = len(job.context.base)
+    streams = 2 if job.context.source is not None else 1
+    base = np.full(n_pairs, np.nan, dtype=np.float32)
+    source = np.full(n_pairs, np.nan, dtype=np.float32) if streams == 2 else None
+    values = np.full((len(resolved.cells), n_pairs), np.nan, dtype=np.float32)
+    total = sum(len(chunk.rows) for chunk in job.chunks)
+    shown = total > 200 and sys.stderr.isatty() if progress is None else progress
+    bar = tqdm(total=total, disable=not shown, unit="patch", desc="patching")
+
+    def place(index: int, scores: np.ndarray) -> None:
+        chunk = job.chunks[index]
+        for number, pair in enumerate(chunk.pairs):
+            base[pair] = scores[number * streams]
+            if source is not None:
+                source[pair] = scores[number * streams + 1]
+        offset = len(chunk.pairs) * streams
+        for number, row in enumerate(chunk.rows):
+            values[row.cell, row.pair] = scores[offset + number]
+        bar.update(len(chunk.rows))
+        if chunk.rows:
+            bar.set_postfix_str(f"layer {max(0, chunk.rows[-1].stage)}")
+
+    with bar:
+        run_chunks(model, job, metric, place, checkpoint)
+    for number, pair in job.untouched:
+        values[number, pair] = base[pair]
+    bad = np.isnan(base).any() or (source is not None and np.isnan(source).any())
+    cells = [(row.cell, row.pair) for chunk in job.chunks for row in chunk.rows]
+    if bad or any(np.isnan(values[cell, pair]) for cell, pair in cells):
+        raise MetricError(
+            f"metric {getattr(metric, '__name__', metric)!r} gave NaN on this model's logits (dtype {model.dtype}); "
+            "check the model for overflow, or the metric"
+        )
+    return base, source, values
+
+
+def run_chunks(
+    model: Model, job: Job, metric: Metric, place: Callable[[int, np.ndarray], None], checkpoint: Any
+) -> None:
+    """Send the chunks that are not finished yet to the backend, prepared runs before the chunks that use them."""
+    finished: set[int] = set()
+    programs: list[dict[str, Any]] = []
+    owner: list[int | None] = []
+    ready: int | None = None
+    for index, chunk in enumerate(job.chunks):
+        if index in finished:
+            continue
+        block = job.block[index]
+        if block is not None and block != ready:
+            programs.append(job.prepare[block])
+            owner.append(None)
+            ready = block
+        programs.append(chunk.program)
+        owner.append(index)
+
+    def done(number: int, scores: torch.Tensor) -> None:
+        index = owner[number]
+        if index is not None:
+            place(index, scores.float().cpu().numpy())
+
+    model.backend.run(model, programs, metric, done)

@@ -1,0 +1,325 @@
+"""The one place that opens traces: a forward pass in which rows join, are edited, and are scored.
+
+Standard library, torch and nnsight only: these functions are shipped by source to a remote server. A *program* is a
+plain dictionary made by the schedule:
+
+    inputs      keyword arguments of the model's forward (input_ids [start, position], and a mask where there is padding)
+    origin      [grown] start row that each grown row copies; stage [grown] the layer at which it joins, ascending
+    edits       the table of `interp.edits`; columns count from the first position that is run
+    values      {(layer, kind): [value, position or 1, feature]} constants for "set", "add", "scale"
+    reads       [(layer, kind)] activations to return; last: the last layer that must run, or None
+    scored      [n] rows whose logits are wanted, at columns `at` [n]
+    clean, corrupted   [n] index into `scored` of the clean and the corrupted run of each scored row (or None)
+    answers, distractors   [n] or [n, set] token ids (or None)
+    first       blocks below this layer are skipped
+    keep, cache a prepared run: the layers whose input is kept, and the class of an empty cache (or None)
+    use, pick, column   a run on a prepared one: its number, which of its rows are needed, the first position run
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import nnsight
+import torch
+from torch import Tensor
+
+from ..edits import apply_group, group_edits
+from ..metrics import score
+from ..models.views import at, attention_pattern, features, mix_values, output_matrix
+
+
+def spread(value: Any, rows: Tensor, start: int, name: str = "") -> Any:
+    """Give every batched tensor in a block's arguments one entry per row: rows [row] -> start row."""
+    if isinstance(value, tuple | list):
+        return type(value)(spread(item, rows, start, name) for item in value)
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    if name == "alibi":  # [start * head, 1, position]
+        by_row = value.reshape(start, -1, *value.shape[1:])
+        return by_row[rows.to(value.device)].flatten(0, 1)
+    return value[rows.to(value.device)] if value.shape[0] == start else value
+
+
+class Run:
+    """The state of one forward pass: which rows exist, what is edited and read, what was read."""
+
+    def __init__(self, taps: dict[str, Any], program: dict[str, Any]) -> None:
+        self.taps, self.program = taps, program
+        self.start = program["inputs"]["input_ids"].shape[0]
+        self.rows = torch.arange(self.start)
+        self.edits = group_edits(program["edits"])
+        self.values = program["values"]
+        self.reads = set(program["reads"])
+        self.active = set(self.edits) | self.reads
+        self.kept: dict[tuple[int, str], Tensor] = {}
+        self.first = program["first"]
+        self.cache: Any = None
+        self.below: list[tuple[Tensor, Tensor]] = []  # keys and values below the first position run, by layer
+        self.entering: Tensor | None = None  # residual stream entering the first block that is run
+
+    def visit(self, layer: int, kind: str, x: Tensor, fresh: bool = False) -> Tensor:
+        """Apply the edits of one site to `x [row, position, feature]`, and keep it if it is to be read."""
+        groups = self.edits.get((layer, kind), ())
+        if groups:
+            index = features(self.taps, kind) if kind in ("q", "k", "v", "z", "q_rot", "k_rot") else None
+            x = x if fresh else x.clone()
+            for group in groups:
+                apply_group(x, group, self.values.get((layer, kind)), index)
+        if (layer, kind) in self.reads:
+            self.kept[layer, kind] = x
+        return x
+
+
+def enter(run: Run, layer: int, block: Any) -> None:
+    """At a block's input: let the rows of this layer join, then edit the residual stream."""
+    joining = run.program["origin"][run.program["stage"] == layer]
+    run.rows = torch.cat([run.rows, joining])
+    grown = len(run.rows) > run.start
+    if grown and run.below:
+        past = run.cache.layers[layer]
+        past.keys, past.values = (part[run.rows.to(part.device)] for part in run.below[layer])
+    sites = [(layer - 1, "resid_post"), (layer, "resid_pre")]
+    if not grown and not any(site in run.active for site in sites):
+        return
+    args, kwargs = block.inputs
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if len(joining):
+        hidden = torch.cat([hidden, hidden[joining.to(hidden.device)]])
+    for site in sites:
+        hidden = run.visit(*site, hidden, fresh=len(joining) > 0)
+    others = args[1:]
+    if grown:
+        others = tuple(spread(value, run.rows, run.start) for value in others)
+        kwargs = {name: spread(value, run.rows, run.start, name) for name, value in kwargs.items()}
+    block.inputs = ((hidden, *others), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+
+
+def edit_core(run: Run, layer: int, call: Any, kinds: list[str]) -> dict[str, Any] | None:
+    """At the attention call: edit or read q and k after the rotary embedding; prepare patterns that must be written."""
+    args, kwargs = call.inputs
+    first = run.taps["core_first"]
+    new = list(args)
+    for place, kind in ((first, "q_rot"), (first + 1, "k_rot")):
+        if kind in kinds:
+            whole = new[place]  # [row, head, position, d_head]; keys may start with a cached prefix
+            own = new[first].shape[2]
+            past, part = whole[:, :, :-own], whole[:, :, -own:]
+            flat = run.visit(layer, kind, part.transpose(1, 2).flatten(2))
+            part = flat.unflatten(2, (whole.shape[1], -1)).transpose(1, 2)
+            new[place] = torch.cat([past, part], dim=2) if past.shape[2] else part
+    if "q_rot" in kinds or "k_rot" in kinds:
+        call.inputs = (tuple(new), kwargs)
+    if "pattern" not in kinds:
+        return None
+    mask = new[first + 3] if len(new) > first + 3 else kwargs.get("attention_mask")
+    return {"query": new[first], "key": new[first + 1], "value": new[first + 2], "mask": mask, "options": kwargs}
+
+
+def pattern_of(core: dict[str, Any], rows: Tensor | None = None) -> Tensor:
+    """Attention probabilities `[row, head, query, key]` of some rows (all when None)."""
+    query, key, mask = core["query"], core["key"], core["mask"]
+    if rows is not None:
+        rows = rows.to(query.device)
+        mask = mask if mask is None or mask.shape[0] == 1 else mask[rows]
+        query, key = query[rows], key[rows]
+    return attention_pattern(query, key, mask, core["options"])
+
+
+def write_pattern(run: Run, layer: int, core: dict[str, Any], z: Tensor) -> Tensor:
+    """Write attention probabilities as z = P·v: the source row's pattern over this row's values."""
+    if (layer, "pattern") in run.reads:
+        run.kept[layer, "pattern"] = pattern_of(core)
+    groups = run.edits.get((layer, "pattern"), ())
+    if groups:
+        z = z.clone()
+    for group in groups:
+        rows, source = group["row"].to(z.device), group["source"].to(z.device)
+        mixed = mix_values(pattern_of(core, source), core["value"][rows]).to(z.dtype)  # [edit, query, head, d_head]
+        heads = torch.arange(run.taps["n_heads"])[None, :] if group["no_head"] else group["head"][:, None]
+        column = torch.arange(z.shape[1])[None, :] if group["everywhere"] else group["column"][:, None]
+        origin = column if group["everywhere"] else group["source_column"][:, None]
+        if not torch.equal(column, origin):
+            raise ValueError("a pattern row can only be taken from the same position of the source run")
+        view = z.unflatten(2, (run.taps["n_heads"], -1))
+        each = torch.arange(len(rows))[:, None, None]
+        view[rows[:, None, None], column[:, :, None], heads[:, None, :]] = mixed[
+            each, column[:, :, None], heads[:, None, :]
+        ]
+    return z
+
+
+def edit_probabilities(run: Run, layer: int, call: Any) -> None:
+    """Where eager attention holds the pattern itself `[row, head, query, key]`: read it or write it there."""
+    pattern = call.output
+    groups = run.edits.get((layer, "pattern"), ())
+    if groups:
+        shape = pattern.shape
+        pattern = pattern.reshape(len(run.rows), -1, *shape[-2:]).clone()
+        flat = pattern.transpose(1, 2)  # [row, query, head, key]
+        for group in groups:
+            heads = torch.arange(flat.shape[2])[None, :] if group["no_head"] else group["head"][:, None]
+            column = torch.arange(flat.shape[1])[None, :] if group["everywhere"] else group["column"][:, None]
+            origin = column if group["everywhere"] else group["source_column"][:, None]
+            target = (group["row"][:, None, None], column[:, :, None], heads[:, None, :])
+            flat[target] = flat[group["source"][:, None, None], origin[:, :, None], heads[:, None, :]]
+        pattern = pattern.reshape(shape)
+        call.output = pattern
+    if (layer, "pattern") in run.reads:
+        run.kept[layer, "pattern"] = pattern.reshape(len(run.rows), -1, *pattern.shape[-2:])
+
+
+def edit_heads(run: Run, layer: int, module: Any, z: Tensor, out: Tensor) -> Tensor:
+    """Write heads' outputs z·W_O: what the output projection wrote, plus new − old of the heads that change."""
+    index = features(run.taps, "z")
+    by_head = output_matrix(module, index.to(z.device))  # [head, d_head, d_model]
+    if (layer, "head_out") in run.reads:
+        heads = z.unflatten(2, (run.taps["n_heads"], -1))
+        run.kept[layer, "head_out"] = torch.einsum("rphd,hdm->rphm", heads, by_head).flatten(2)
+    groups = run.edits.get((layer, "head_out"), ())
+    if groups:
+        changed = z.clone()
+        for group in groups:
+            apply_group(changed, group, run.values.get((layer, "head_out")), index)
+        out = out + (changed - z) @ by_head.flatten(0, 1)
+    return out
+
+
+def walk(model: Any, run: Run) -> None:
+    """Follow the forward pass through all blocks, stopping at the taps where something is edited or read."""
+    taps, last = run.taps, run.program["last"]
+    layers = at(model, taps["layers"])
+    if (-1, "embed") in run.active:
+        embed = at(model, taps["embed"])
+        embed.output = run.visit(-1, "embed", embed.output)
+    for layer in range(taps["n_layers"]):
+        block = layers[layer]
+        if layer < run.first:
+            block.skip(run.entering)
+            continue
+        enter(run, layer, block)
+        core: dict[str, Any] | None = None
+        z: Tensor | None = None
+        for path, side, kinds in taps["block"][1:]:
+            here = [kind for kind in kinds if (layer, kind) in run.active]
+            late = "z" in kinds and (core is not None or (layer, "head_out") in run.active)
+            if not here and not late:
+                continue
+            tap = at(block, path)
+            if side == "inputs":
+                core = edit_core(run, layer, tap, here)
+            elif kinds == ("pattern",):
+                edit_probabilities(run, layer, tap)
+            elif "resid_mid" in kinds:  # the same tensor enters the norm and the residual stream: write in place
+                run.visit(layer, "resid_mid", tap.input, fresh=True)
+            else:
+                whole = tap.input if side == "input" else tap.output
+                x = whole[0] if isinstance(whole, tuple) else whole
+                before = x
+                if core is not None and "z" in kinds:
+                    x, core = write_pattern(run, layer, core, x), None
+                for kind in here:
+                    x = edit_heads(run, layer, tap, z, x) if kind == "head_out" else run.visit(layer, kind, x)
+                if "z" in kinds:
+                    z = x
+                if x is before:
+                    continue
+                if side == "input":
+                    tap.input = x
+                else:
+                    tap.output = (x, *whole[1:]) if isinstance(whole, tuple) else x
+        if layer == last:
+            return
+    finish(model, run)
+
+
+def finish(model: Any, run: Run) -> None:
+    """Behind the last block: rows and edits of the final residual stream."""
+    end = run.taps["n_layers"]
+    joining = run.program["origin"][run.program["stage"] == end]
+    run.rows = torch.cat([run.rows, joining])
+    if len(joining) or (end - 1, "resid_post") in run.active:
+        norm = at(model, run.taps["norm"])
+        hidden = norm.input
+        if len(joining):
+            hidden = torch.cat([hidden, hidden[joining.to(hidden.device)]])
+        norm.input = run.visit(end - 1, "resid_post", hidden, fresh=len(joining) > 0)
+
+
+def answer_logits(model: Any, run: Run) -> Tensor:
+    """Logits `[scored, d_vocab]` of the scored rows at their answer positions; no other is computed."""
+    head = at(model, run.taps["head"])
+    hidden = head.input
+    rows, columns = run.program["scored"].to(hidden.device), run.program["at"].to(hidden.device)
+    head.input = hidden[rows, columns].unsqueeze(1)
+    logits: Tensor = model.output.logits[:, 0]
+    return logits
+
+
+def forward(model: Any, run: Run, metric: Callable[..., Tensor] | None) -> dict[str, Any]:
+    """Run one program inside an open trace: {"metric": [scored] fp32, "logits": …, "reads": {site: activation}}."""
+    walk(model, run)
+    out: dict[str, Any] = {"reads": run.kept}
+    if run.program["last"] is None:
+        logits = answer_logits(model, run)
+        out["metric"] = score(metric, logits, run.program) if metric is not None else None
+        if run.program["want_logits"]:
+            out["logits"] = logits
+    return out
+
+
+def resume(run: Run, prepared: dict[str, Any]) -> None:
+    """Take from a prepared run what lies below this one: keys and values of earlier positions, the stream of lower layers."""
+    program = run.program
+    pick, column = program["pick"], program["column"]
+    if column:
+        run.cache = prepared["cache"]()
+        for layer, (keys, values) in enumerate(prepared["past"]):
+            rows = pick.to(keys.device)
+            run.below.append((keys[rows, :, :column], values[rows, :, :column]))
+            run.cache.update(*run.below[-1], layer)
+    if run.first:
+        stream = prepared["stream"][run.first]
+        run.entering = stream[pick.to(stream.device), column:]
+
+
+def execute(
+    model: Any,
+    taps: dict[str, Any],
+    programs: list[dict[str, Any]],
+    metric: Callable[..., Tensor] | None,
+    done: Callable[[int, dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Run programs one after the other, each in one trace; `done(index, result)` is called after each.
+
+    A program with `keep` is a prepared run: the programs behind it may use what it kept, until the next one.
+    """
+    results: list[dict[str, Any]] = []
+    prepared: dict[str, Any] = {}
+    for index, program in enumerate(programs):
+        run = Run(taps, program)
+        inputs = program["inputs"]
+        keep = program.get("keep")
+        if keep is not None:
+            run.reads.update((layer, "resid_pre") for layer in keep)
+            run.active.update(run.reads)
+            if program["cache"] is not None:
+                run.cache = program["cache"]()
+        elif "use" in program:
+            resume(run, prepared)
+        if run.cache is not None:
+            inputs = {**inputs, "past_key_values": run.cache, "use_cache": True}
+        with torch.no_grad():
+            with model.trace(**inputs):
+                found = nnsight.save(forward(model, run, metric))
+        if keep is not None:
+            prepared = {
+                "cache": program["cache"],
+                "past": [(layer.keys, layer.values) for layer in run.cache.layers] if run.cache is not None else [],
+                "stream": {layer: found["reads"].pop((layer, "resid_pre")) for layer in keep},
+            }
+        results.append(found)
+        if done is not None:
+            done(index, found)
+    return results

@@ -1,0 +1,33 @@
+"""Guess the row of an architecture that has none, from its module names. The audit then decides whether it is right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from .families import FAMILIES, Family
+from .views import at
+
+
+def infer_family(hf: torch.nn.Module) -> Family | None:
+    """A known row whose every path exists in this model, with nothing left over; None when none fits.
+
+    Only rows whose block has exactly the same weight-bearing modules are candidates: a module that the row does not
+    know would do something to the stream that no tap sees.
+    """
+    for row in FAMILIES:
+        family = row.for_config(hf.config)
+        try:
+            blocks = at(hf, family.layers)
+            at(hf, family.embed), at(hf, family.norm), at(hf, family.head)
+            named = {name for name, module in blocks[0].named_modules() if getattr(module, "weight", None) is not None}
+        except (AttributeError, IndexError, TypeError):
+            continue
+        paths = [family.norm1, family.norm2, family.post_attn, family.post_mlp, *family.qkv, family.o, family.down]
+        known = {path for path in paths if path}
+        known |= {path for path, side, _ in family.block if side == "output" and path in named}
+        known |= {name for name in named if name.endswith(("up_proj", "q_norm", "k_norm"))}
+        if named == known:
+            return replace(family, name=f"{family.name} (inferred for {hf.config.model_type})")
+    return None

@@ -1,0 +1,86 @@
+"""Views: which features of a module's tensor belong to which head, and linear pieces of attention.
+
+Standard library and torch only; these functions also travel to a remote server. `taps` is the plain dictionary that
+`Model` makes from a row of the table of families.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def at(envoy: Any, path: str) -> Any:
+    """The module (or traced operation) below `envoy` at a dotted path; an empty path is `envoy` itself."""
+    for part in path.split(".") if path else ():
+        envoy = envoy[int(part)] if part.isdigit() else getattr(envoy, part)
+    return envoy
+
+
+def features(taps: dict[str, Any], kind: str) -> Tensor:
+    """Indices into the last dimension of the tensor that carries `kind`: `[head, d_head]`.
+
+    q, k and v are found in their projection's output whatever the layout; z, q_rot and head_out are laid out by query
+    head, k_rot by key/value head.
+    """
+    heads, kv, d = taps["n_heads"], taps["n_kv_heads"], taps["d_head"]
+    count = kv if kind in ("k", "v", "k_rot") else heads
+    head = torch.arange(count)
+    layout = taps["qkv_layout"] if kind in ("q", "k", "v") else "separate"
+    if layout == "separate":
+        first = head * d
+    elif layout == "split":
+        first = head * d + {"q": 0, "k": heads * d, "v": (heads + kv) * d}[kind]
+    elif layout == "interleaved":
+        first = head * 3 * d + {"q": 0, "k": d, "v": 2 * d}[kind]
+    else:  # grouped: [q of the group's heads | k | v] for every key/value head
+        group = heads // kv
+        if kind == "q":
+            first = (head // group) * (group + 2) * d + (head % group) * d
+        else:
+            first = head * (group + 2) * d + (group + (kind == "v")) * d
+    return first[:, None] + torch.arange(d)[None, :]
+
+
+def matrix(module: Any) -> Tensor:
+    """The weight of a Linear or Conv1D as `[out, in]`; a view, never a copy."""
+    weight: Tensor = module.weight
+    return weight.T if type(getattr(module, "_module", module)).__name__ == "Conv1D" else weight
+
+
+def output_matrix(module: Any, index: Tensor) -> Tensor:
+    """W_O by head from an output projection: `[head, d_head, d_model]`, for the features `index [head, d_head]`."""
+    return matrix(module)[:, index].permute(1, 2, 0)
+
+
+def attention_pattern(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """Attention probabilities `[row, head, query, key]` from what enters the dot product.
+
+    query `[row, head, position, d_head]`, key by key/value head. Masks may be absent (causal), boolean or additive;
+    `options` are the keyword arguments of the attention call: scaling, softcap, attention sinks.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scaling = options.get("scaling")
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if (cap := options.get("softcap")) is not None:
+        scores = torch.tanh(scores / cap) * cap
+    queries, keys = scores.shape[-2:]
+    if mask is None:
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    elif mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask[..., :keys], torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask[..., :keys]
+    if (sinks := options.get("s_aux")) is not None:
+        sink = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sink], dim=-1).float().softmax(dim=-1)[..., :-1].to(query.dtype)
+    return scores.float().softmax(dim=-1).to(query.dtype)
+
+
+def mix_values(pattern: Tensor, value: Tensor) -> Tensor:
+    """P·v by query head: pattern `[row, head, query, key]`, value by key/value head -> `[row, query, head, d_head]`."""
+    value = value.repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)
+    return (pattern @ value).transpose(1, 2)

@@ -1,0 +1,77 @@
+"""Activation patching: what changes when activations of one run are put into another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .effects import Effects
+from .engine.run import run_plan
+from .metrics import Metric, logit_diff
+from .models.model import Model
+from .pairs import PromptPairs
+from .plan import Plan, grid
+
+
+def patch(
+    model: Model,
+    pairs: PromptPairs,
+    plan: Plan,
+    metric: Metric = logit_diff,
+    direction: str = "noising",
+    *,
+    schedule: str = "auto",
+    checkpoint: Any = None,
+    progress: bool | None = None,
+    max_tokens: int | None = None,
+) -> Effects:
+    """Patch every cell of a plan on every pair (Vig et al. 2020; Meng et al. 2022; Heimersheim & Nanda 2024).
+
+    Args:
+        plan: from `grid`, `heads`, `neurons` or `sets`.
+        metric: `metric(logits [row, d_vocab], batch) -> [row]`, see `interp.metrics`.
+        direction: "noising" runs the clean prompt with activations of the corrupted one; "denoising" the reverse.
+        schedule: "auto", or one of "naive", "rows", "growing", "prefix"; all give the same numbers.
+        checkpoint: a path; finished cells are written there and a later call with the same arguments continues.
+        progress: show a bar; by default for long work on a terminal.
+        max_tokens: tokens in one forward pass; by default what the device takes.
+
+    Returns:
+        Effects with dims (component, layer, position | head | unit, pair), in the metric's own units.
+
+    Raises:
+        SiteError, SiteUnavailableError, PairsError, AnswerError, PlanError, MetricError: before the model runs.
+    """
+    return run_plan(
+        model,
+        pairs,
+        plan,
+        metric,
+        direction,
+        method="patch",
+        schedule=schedule,
+        budget=max_tokens,
+        progress=progress,
+        checkpoint=checkpoint,
+    )
+
+
+def comprehensive_activation_patching(
+    model: Model,
+    clean_prompt: str | Sequence[int],
+    corrupted_prompt: str | Sequence[int],
+    answer_tokens: Sequence[str | int],
+    components: Sequence[str] = ("resid_pre", "attn_out", "mlp_out"),
+    metric: Metric = logit_diff,
+    direction: str = "noising",
+    **options: Any,
+) -> Effects:
+    """Patch each component at every layer and position of one pair of prompts.
+
+    Args:
+        answer_tokens: [right, wrong], each one token (string or id); the metric is their logit difference by default.
+        options: passed to `patch`.
+    """
+    right, *wrong = answer_tokens
+    pairs = PromptPairs([clean_prompt], [corrupted_prompt], [right], wrong[:1] or None)
+    return patch(model, pairs, grid(components), metric, direction, **options)

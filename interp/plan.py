@@ -1,0 +1,302 @@
+"""Plans: which edits make up an experiment, as labelled cells. `grid`, `heads`, `neurons`, `sets` describe; a model decides.
+
+A plan names its axes before any model is known; `resolve` turns it into cells of edits for one model and one set of
+pairs, and refuses what cannot be before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from .edits import Edit
+from .errors import PlanError, SiteError
+from .pairs import EncodedPairs
+from .sites import HEAD_KINDS, KINDS, KV_KINDS, UNIT_KINDS, Site
+
+Positions = Sequence[int | str] | Mapping[str, Sequence[int]] | None
+
+
+class SiteFacts(Protocol):
+    """What a plan asks of a model; `Model` fulfils it."""
+
+    n_layers: int
+
+    def heads_of(self, kind: str) -> int: ...
+    def units_of(self, kind: str) -> int: ...
+    def require(self, site: Site) -> Site: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where along the prompt an edit acts: all positions, one position, fixed positions, or a named position of the pairs."""
+
+    name: str | None = None
+    at: tuple[int, ...] | None = None
+
+    def columns(self, encoded: EncodedPairs, pair: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """(clean positions, corrupted positions) in one pair, or None where the pair is too short."""
+        if self.name is not None:
+            return encoded.positions[self.name][pair]
+        assert self.at is not None
+        length = len(encoded.clean[pair])
+        if any(not -length <= position < length for position in self.at):
+            return None
+        places = tuple(position % length for position in self.at)
+        return places, places
+
+
+EVERYWHERE = Place()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of a result: its index along the plan's dims, and the edits that are made together for it."""
+
+    index: tuple[int, ...]
+    edits: tuple[tuple[Edit, Place], ...]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan for one model and one set of pairs: dims with their labels (pairs excluded), and cells."""
+
+    dims: tuple[tuple[str, tuple[Any, ...]], ...]
+    cells: tuple[Cell, ...]
+    spec: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Components × layers × (positions | heads | units), or named sets of sites. Made by `grid`, `heads`, `neurons`, `sets`."""
+
+    components: tuple[str, ...]
+    axis: str  # "position" | "head" | "unit" | "set"
+    layers: tuple[int, ...] | None = None
+    items: tuple[int, ...] | None = None  # heads or units; None = all
+    positions: Any = None  # tuple of ints and names; None = each position (grid) or all at once (heads, units)
+    named: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    members: tuple[tuple[str, tuple[Edit, ...]], ...] = ()
+    edit: Edit | None = None  # template of the operation; None = replace by the source run
+
+    def with_edit(self, op: str, value: Any = None) -> Plan:
+        """The same cells with another operation in every edit."""
+        return replace(self, edit=Edit(Site("embed"), op, value))
+
+    def spec(self) -> dict[str, Any]:
+        """The plan as plain data, for provenance and checkpoints."""
+        return {
+            "components": list(self.components),
+            "axis": self.axis,
+            "layers": None if self.layers is None else list(self.layers),
+            "items": None if self.items is None else list(self.items),
+            "positions": None if self.positions is None else list(self.positions),
+            "named": {name: list(at) for name, at in self.named},
+            "members": {name: [f"{edit.op} {edit.site}" for edit in edits] for name, edits in self.members},
+            "edit": None if self.edit is None else self.edit.op,
+        }
+
+    def resolve(self, model: SiteFacts, encoded: EncodedPairs) -> Resolved:
+        """Cells for this model and these pairs.
+
+        Raises:
+            SiteError, SiteUnavailableError, AuditError: a site that this model does not have.
+            PairsError: a position-wise plan on pairs whose prompts differ in length.
+            PlanError: a named position that the pairs do not have, or nothing left to do.
+        """
+        if self.axis == "set":
+            return self._resolve_sets(model, encoded)
+        layers = tuple(range(model.n_layers)) if self.layers is None else self.layers
+        layerless = [kind for kind in self.components if kind == "embed"]
+        layers = tuple(
+            model.require(Site("resid_pre" if kind in layerless else kind, layer=layer)).layer or 0
+            for kind in self.components[:1]
+            for layer in layers
+        )
+        places, labels = self._places(encoded)
+        sizes = {kind: self._size(model, kind) for kind in self.components}
+        if self.axis == "position":
+            items: tuple[Any, ...] = tuple(range(len(places)))
+            item_labels: tuple[Any, ...] = labels
+        else:
+            items = tuple(range(max(sizes.values()))) if self.items is None else self.items
+            item_labels = items
+        dims = [("component", self.components), ("layer", layers), (self.axis, item_labels)]
+        crossed = self.axis != "position" and self.positions is not None
+        if crossed:
+            dims.append(("position", labels))
+        cells = []
+        for c, kind in enumerate(self.components):
+            for la, layer in enumerate(layers):
+                if kind == "embed" and la:
+                    continue
+                for it, item in enumerate(items):
+                    if self.axis != "position" and self.items is None and item >= sizes[kind]:
+                        continue
+                    part = {} if self.axis == "position" else {self.axis: item}
+                    site = model.require(Site(kind, layer=None if kind == "embed" else layer, **part))
+                    edit = self._edit(site)
+                    if self.axis == "position":
+                        cells.append(Cell((c, la, it), ((edit, places[item]),)))
+                    elif crossed:
+                        cells += [Cell((c, la, it, p), ((edit, place),)) for p, place in enumerate(places)]
+                    else:
+                        cells.append(Cell((c, la, it), ((edit, EVERYWHERE),)))
+        if self.axis != "position" and not crossed:
+            encoded.require_aligned("a plan over all positions")
+        return self._checked(Resolved(tuple(dims), tuple(cells), self.spec()))
+
+    def _resolve_sets(self, model: SiteFacts, encoded: EncodedPairs) -> Resolved:
+        cells = []
+        for index, (_, edits) in enumerate(self.members):
+            made = []
+            for edit in edits:
+                site = model.require(edit.site)
+                place = EVERYWHERE if site.position is None else Place(at=(site.position,))
+                made.append((self._edit(site) if self.edit else replace(edit, site=site), place))
+            cells.append(Cell((index,), tuple(made)))
+        if any(edit.op == "replace" or place.at for cell in cells for edit, place in cell.edits):
+            encoded.require_aligned("a plan over positions")
+        return self._checked(Resolved((("component", self.components),), tuple(cells), self.spec()))
+
+    def _edit(self, site: Site) -> Edit:
+        return Edit(site) if self.edit is None else replace(self.edit, site=site)
+
+    def _size(self, model: SiteFacts, kind: str) -> int:
+        return 0 if self.axis == "position" else model.heads_of(kind) if self.axis == "head" else model.units_of(kind)
+
+    def _places(self, encoded: EncodedPairs) -> tuple[list[Place], tuple[Any, ...]]:
+        """The positions of the plan with their labels; None means each position of the longest pair."""
+        named = dict(self.named)
+        wanted = self.positions
+        if wanted is None:
+            if self.axis != "position":
+                return [], ()
+            wanted = tuple(range(max(len(prompt) for prompt in encoded.clean)))
+        if any(isinstance(position, int) for position in wanted) or named:
+            encoded.require_aligned("a plan over positions")
+        places = []
+        for position in wanted:
+            if isinstance(position, int):
+                place = Place(at=(position,))
+                if all(place.columns(encoded, pair) is None for pair in range(len(encoded.clean))):
+                    longest = max(len(prompt) for prompt in encoded.clean)
+                    raise SiteError(f"position {position}, but the longest prompt has positions 0 to {longest - 1}")
+            elif position in named:
+                place = Place(at=named[position])
+            elif position in encoded.positions:
+                place = Place(name=position)
+            else:
+                raise PlanError(
+                    f"the pairs have no position named {position!r}; they have "
+                    f"{sorted(encoded.positions) or 'none'}; name it in PromptPairs(positions={{{position!r}: [...]}})"
+                )
+            places.append(place)
+        return places, tuple(wanted)
+
+    @staticmethod
+    def _checked(resolved: Resolved) -> Resolved:
+        if not resolved.cells:
+            raise PlanError("the plan has no cells: no layer, head, unit or position is left to patch")
+        return resolved
+
+
+def _components(components: str | Sequence[str], allowed: Sequence[str], what: str) -> tuple[str, ...]:
+    names = (components,) if isinstance(components, str) else tuple(components)
+    kinds = tuple(Site.parse(name).kind if "hook" in name or "." in name else name for name in names)
+    for name, kind in zip(names, kinds, strict=True):
+        if kind not in KINDS:
+            raise SiteError(f"unknown component {name!r}; components are: {', '.join(KINDS)}")
+        if kind not in allowed:
+            raise PlanError(f"{what} needs one of {', '.join(allowed)}, got {name!r}")
+    if not kinds:
+        raise PlanError(f"{what} was given no component")
+    if len(set(kinds)) < len(kinds):
+        raise PlanError(f"{what} was given a component twice: {', '.join(kinds)}")
+    return kinds
+
+
+def _axis(values: Any, what: str) -> tuple[int, ...] | None:
+    if values is None:
+        return None
+    values = (values,) if isinstance(values, int) else tuple(int(value) for value in values)
+    if len(set(values)) < len(values):
+        raise PlanError(f"{what} are given twice: {values}")
+    return values
+
+
+def _positions(positions: Positions | int | str) -> tuple[Any, tuple[tuple[str, tuple[int, ...]], ...]]:
+    if positions is None:
+        return None, ()
+    if isinstance(positions, int | str):
+        return (positions,), ()
+    if isinstance(positions, Mapping):
+        named = tuple(
+            (name, (at,) if isinstance(at, int) else tuple(int(place) for place in at))
+            for name, at in positions.items()
+        )
+        return tuple(name for name, _ in named), named
+    return tuple(positions), ()
+
+
+def grid(
+    components: str | Sequence[str], layers: Sequence[int] | int | None = None, positions: Any = None
+) -> Plan:
+    """One cell for each component, layer and position. None = all.
+
+    Args:
+        components: kinds of sites (`resid_pre`, `attn_out`, `mlp_out`, …) or TransformerLens hook names.
+        layers: counted from 0, negative from the end.
+        positions: ints (negative from the end), names of `PromptPairs(positions=…)`, or `{"name": [ints]}`, windows
+            patched together in every pair.
+    """
+    kinds = [kind for kind in KINDS if kind not in ("logits",)]
+    places, named = _positions(positions)
+    return Plan(_components(components, kinds, "grid"), "position", _axis(layers, "layers"), None, places, named)
+
+
+def heads(
+    components: str | Sequence[str] = "z",
+    layers: Sequence[int] | int | None = None,
+    heads: Sequence[int] | int | None = None,
+    positions: Any = None,
+) -> Plan:
+    """One cell for each component, layer and head, at all positions together, or crossed with `positions`.
+
+    k, v and k_rot count key/value heads; cells of heads that a component lacks are NaN.
+    """
+    places, named = _positions(positions)
+    kinds = _components(components, HEAD_KINDS, "heads")
+    items = _axis(heads, "heads")
+    if items is not None and len({kind in KV_KINDS for kind in kinds}) > 1:
+        raise PlanError("query heads and key/value heads cannot share one list of heads; make two plans")
+    return Plan(kinds, "head", _axis(layers, "layers"), items, places, named)
+
+
+def neurons(
+    layer: Sequence[int] | int | None = None,
+    units: Sequence[int] | int | None = None,
+    component: str = "neuron",
+    positions: Any = None,
+) -> Plan:
+    """One cell for each MLP unit of one or more layers, at all positions together, or crossed with `positions`."""
+    places, named = _positions(positions)
+    kinds = _components(component, UNIT_KINDS, "neurons")
+    return Plan(kinds, "unit", _axis(layer, "layers"), _axis(units, "units"), places, named)
+
+
+def sets(members: Mapping[str, Sequence[Any]]) -> Plan:
+    """One cell for each named set of sites, all patched together: `{"name movers": ["L9.H6.z", "L9.H9.z"]}`.
+
+    A member is a `Site`, its text, or an `Edit`. The dims of the result are (component, pair).
+    """
+    if not members:
+        raise PlanError("sets was given no set")
+    made = []
+    for name, sites in members.items():
+        edits = tuple(site if isinstance(site, Edit) else Edit(Site.parse(site)) for site in sites)
+        if not edits:
+            raise PlanError(f"set {name!r} is empty")
+        made.append((str(name), edits))
+    return Plan(tuple(name for name, _ in made), "set", members=tuple(made))
