@@ -59,6 +59,10 @@ class Run:
         self.below: list[tuple[Tensor, Tensor]] = []  # keys and values below the first position run, by layer
         self.entering: Tensor | None = None  # residual stream entering the first block that is run
 
+    def by_row(self, x: Tensor) -> Tensor:
+        """`[row, position, feature]`, also where a family flattens rows and positions (OPT)."""
+        return x.unflatten(0, (len(self.rows), -1)) if x.ndim == 2 else x
+
     def visit(self, layer: int, kind: str, x: Tensor, fresh: bool = False) -> Tensor:
         """Apply the edits of one site to `x [row, position, feature]`, and keep it if it is to be read."""
         groups = self.edits.get((layer, kind), ())
@@ -196,7 +200,7 @@ def walk(model: Any, run: Run) -> None:
     for layer in range(taps["n_layers"]):
         block = layers[layer]
         if layer < run.first:
-            block.skip(run.entering)
+            block.skip((run.entering, None) if taps["tuple_output"] else run.entering)
             continue
         enter(run, layer, block)
         core: dict[str, Any] | None = None
@@ -212,11 +216,10 @@ def walk(model: Any, run: Run) -> None:
             elif kinds == ("pattern",):
                 edit_probabilities(run, layer, tap)
             elif "resid_mid" in kinds:  # the same tensor enters the norm and the residual stream: write in place
-                run.visit(layer, "resid_mid", tap.input, fresh=True)
+                run.visit(layer, "resid_mid", run.by_row(tap.input), fresh=True)
             else:
                 whole = tap.input if side == "input" else tap.output
-                x = whole[0] if isinstance(whole, tuple) else whole
-                before = x
+                before = x = run.by_row(whole[0] if isinstance(whole, tuple) else whole)
                 if core is not None and "z" in kinds:
                     x, core = write_pattern(run, layer, core, x), None
                 for kind in here:
@@ -225,6 +228,7 @@ def walk(model: Any, run: Run) -> None:
                     z = x
                 if x is before:
                     continue
+                x = x if before.ndim == len((whole[0] if isinstance(whole, tuple) else whole).shape) else x.flatten(0, 1)
                 if side == "input":
                     tap.input = x
                 else:

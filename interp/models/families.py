@@ -77,6 +77,8 @@ class Family:
     pattern: str = "interface"
     core_first: int = 1  # index of q among the positional arguments of the core call
     alibi: bool = False
+    #: the block returns a tuple whose first item is the residual stream
+    tuple_output: bool = False
     moe: bool = False
     missing: Mapping[str, str] = field(default_factory=dict)
     #: (config attribute, value, changes): the first that matches the model's config is applied
@@ -190,6 +192,7 @@ FAMILIES: tuple[Family, ...] = (
             "ln_2",
             _mlp("mlp.c_fc", "mlp.c_proj"),
         ),
+        tuple_output=True,
         embed="transformer.wte",
         layers="transformer.h",
         norm="transformer.ln_f",
@@ -215,6 +218,7 @@ FAMILIES: tuple[Family, ...] = (
             None,
             _mlp("mlp.fc_in", "mlp.fc_out"),
         ),
+        tuple_output=True,
         embed="transformer.wte",
         layers="transformer.h",
         norm="transformer.ln_f",
@@ -316,6 +320,7 @@ FAMILIES: tuple[Family, ...] = (
             "post_attention_layernorm",
             _mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.dense_4h_to_h"),
         ),
+        tuple_output=True,
         embed="transformer.word_embeddings",
         layers="transformer.h",
         norm="transformer.ln_f",
@@ -338,6 +343,7 @@ FAMILIES: tuple[Family, ...] = (
             None,
             _mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
         ),
+        tuple_output=True,
         embed="transformer.word_embeddings",
         layers="transformer.h",
         norm="transformer.ln_f",

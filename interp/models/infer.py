@@ -21,6 +21,8 @@ def infer_family(hf: torch.nn.Module) -> Family | None:
         try:
             blocks = at(hf, family.layers)
             at(hf, family.embed), at(hf, family.norm), at(hf, family.head)
+            for path, _, _ in family.block:
+                at(blocks[0], path.split(".source")[0])
             named = {name for name, module in blocks[0].named_modules() if getattr(module, "weight", None) is not None}
         except (AttributeError, IndexError, TypeError):
             continue
