@@ -30,6 +30,10 @@ from ..metrics import score
 from ..models.views import at, attention_pattern, features, mix_values, output_matrix
 
 
+#: Kinds that are part of a wider tensor, or are divided into heads.
+FEATURED = ("q", "k", "v", "z", "q_rot", "k_rot", "mlp_pre")
+
+
 def spread(value: Any, rows: Tensor, start: int, name: str = "") -> Any:
     """Give every batched tensor in a block's arguments one entry per row: rows [row] -> start row."""
     if isinstance(value, tuple | list):
@@ -67,12 +71,14 @@ class Run:
         """Apply the edits of one site to `x [row, position, feature]`, and keep it if it is to be read."""
         groups = self.edits.get((layer, kind), ())
         if groups:
-            index = features(self.taps, kind) if kind in ("q", "k", "v", "z", "q_rot", "k_rot") else None
+            index = features(self.taps, kind) if kind in FEATURED else None
             x = x if fresh else x.clone()
             for group in groups:
                 apply_group(x, group, self.values.get((layer, kind)), index)
         if (layer, kind) in self.reads:
-            self.kept[layer, kind] = x
+            own = x[..., features(self.taps, kind).to(x.device)] if kind in FEATURED else x
+            own = own[..., 0, :] if kind == "mlp_pre" else own
+            self.kept[layer, kind] = own.clone()  # a block may add to it in place later (Falcon)
         return x
 
 
@@ -180,7 +186,7 @@ def edit_heads(run: Run, layer: int, module: Any, z: Tensor, out: Tensor) -> Ten
     by_head = output_matrix(module, index.to(z.device))  # [head, d_head, d_model]
     if (layer, "head_out") in run.reads:
         heads = z.unflatten(2, (run.taps["n_heads"], -1))
-        run.kept[layer, "head_out"] = torch.einsum("rphd,hdm->rphm", heads, by_head).flatten(2)
+        run.kept[layer, "head_out"] = torch.einsum("rphd,hdm->rphm", heads, by_head)
     groups = run.edits.get((layer, "head_out"), ())
     if groups:
         changed = z.clone()
@@ -202,6 +208,9 @@ def walk(model: Any, run: Run) -> None:
         if layer < run.first:
             block.skip((run.entering, None) if taps["tuple_output"] else run.entering)
             continue
+        for path, _, kinds in taps["block"]:  # a source tap must be asked for before its module begins to run
+            if ".source." in path and any((layer, kind) in run.active for kind in kinds):
+                at(block, path.split(".source.")[0]).source  # noqa: B018
         enter(run, layer, block)
         core: dict[str, Any] | None = None
         z: Tensor | None = None
@@ -261,16 +270,15 @@ def answer_logits(model: Any, run: Run) -> Tensor:
     return logits
 
 
-def forward(model: Any, run: Run, metric: Callable[..., Tensor] | None) -> dict[str, Any]:
-    """Run one program inside an open trace: {"metric": [scored] fp32, "logits": …, "reads": {site: activation}}."""
+def forward(model: Any, run: Run, metric: Callable[..., Tensor] | None, found: dict[str, Any]) -> None:
+    """Run one program inside an open trace, into `found`: metric `[scored]` in fp32, logits, reads {site: activation}."""
+    found["reads"] = run.kept
     walk(model, run)
-    out: dict[str, Any] = {"reads": run.kept}
     if run.program["last"] is None:
         logits = answer_logits(model, run)
-        out["metric"] = score(metric, logits, run.program) if metric is not None else None
+        found["metric"] = score(metric, logits, run.program) if metric is not None else None
         if run.program["want_logits"]:
-            out["logits"] = logits
-    return out
+            found["logits"] = logits
 
 
 def resume(run: Run, prepared: dict[str, Any]) -> None:
@@ -315,8 +323,11 @@ def execute(
         if run.cache is not None:
             inputs = {**inputs, "past_key_values": run.cache, "use_cache": True}
         with torch.no_grad():
-            with model.trace(**inputs):
-                found = nnsight.save(forward(model, run, metric))
+            with model.trace(**inputs) as tracer:
+                found = nnsight.save({})
+                forward(model, run, metric, found)
+                if program["last"] is not None:
+                    tracer.stop()
         if keep is not None:
             prepared = {
                 "cache": program["cache"],

@@ -80,6 +80,8 @@ class Family:
     #: the block returns a tuple whose first item is the residual stream
     tuple_output: bool = False
     moe: bool = False
+    joint_qk_norm: bool = False  # q and k are normalised over all heads together
+    sinks: bool = False  # attention sinks: rows of the pattern sum to less than 1
     missing: Mapping[str, str] = field(default_factory=dict)
     #: (config attribute, value, changes): the first that matches the model's config is applied
     variants: tuple[tuple[str, Any, Mapping[str, Any]], ...] = ()
@@ -99,7 +101,7 @@ _LLAMA_CORE = _core("self_attn")
 _GATED = _mlp("mlp.gate_proj", "mlp.down_proj")
 _LLAMA = Family(
     "llama",
-    ("llama", "mistral", "qwen2", "ministral", "smollm3", "qwen3", "olmo", "gemma"),
+    ("llama", "mistral", "qwen2", "qwen3", "gemma", "ministral", "smollm3", "olmo", "seed_oss", "helium"),
     _taps(_LLAMA_QKV, _LLAMA_CORE, "self_attn.o_proj", "post_attention_layernorm", _GATED),
 )
 _MOE: dict[str, Any] = {
@@ -157,6 +159,20 @@ _BLOOM_CORE: tuple[Tap, ...] = (("self_attention.source.self_attention_dropout_0
 _BLOOM_QKV = _fused("self_attention.query_key_value")
 _FALCON_ROT = {"q_rot": _NO_ROT, "k_rot": _NO_ROT}
 _FALCON_SOFTMAX: tuple[Tap, ...] = (("self_attention.source.F_softmax_0", "output", ("pattern",)),)
+_POST_NORM: dict[str, Any] = {
+    "block": _taps(
+        _LLAMA_QKV,
+        _LLAMA_CORE,
+        "self_attn.o_proj",
+        "mlp",
+        _mlp("mlp.gate_proj", "mlp.down_proj", "post_feedforward_layernorm"),
+        attn_out="post_attention_layernorm",
+    ),
+    "norm1": None,
+    "norm2": None,
+    "post_attn": "post_attention_layernorm",
+    "post_mlp": "post_feedforward_layernorm",
+}
 _PARALLEL_LLAMA = _taps(_LLAMA_QKV, _LLAMA_CORE, "self_attn.o_proj", None, _GATED)
 _PARALLEL: dict[str, Any] = {"parallel": True, "missing": {"resid_mid": _NO_MID}}
 
@@ -273,23 +289,8 @@ FAMILIES: tuple[Family, ...] = (
         qkv=("self_attn.qkv_proj",) * 3,
         mlp_pre="mlp.gate_up_proj",
     ),
-    replace(
-        _LLAMA,
-        name="olmo2",
-        model_types=("olmo2", "olmo3"),
-        block=_taps(
-            _LLAMA_QKV,
-            _LLAMA_CORE,
-            "self_attn.o_proj",
-            "mlp",
-            _mlp("mlp.gate_proj", "mlp.down_proj", "post_feedforward_layernorm"),
-            attn_out="post_attention_layernorm",
-        ),
-        norm1=None,
-        norm2=None,
-        post_attn="post_attention_layernorm",
-        post_mlp="post_feedforward_layernorm",
-    ),
+    replace(_LLAMA, name="olmo2", model_types=("olmo2", "olmo3"), joint_qk_norm=True, **_POST_NORM),
+    replace(_LLAMA, name="exaone4", model_types=("exaone4",), **_POST_NORM),
     Family(
         "opt",
         ("opt",),
@@ -390,10 +391,10 @@ FAMILIES: tuple[Family, ...] = (
             ),
         ),
     ),
-    replace(_LLAMA, name="cohere", model_types=("cohere",), block=_PARALLEL_LLAMA, norm2="input_layernorm", **_PARALLEL),
+    replace(_LLAMA, name="cohere", model_types=("cohere", "cohere2"), block=_PARALLEL_LLAMA, norm2="input_layernorm", **_PARALLEL),
     replace(_LLAMA, name="mixtral", model_types=("mixtral",), **_MOE),
     replace(_LLAMA, name="qwen3_moe", model_types=("qwen3_moe", "olmoe"), **_MOE),
-    replace(_LLAMA, name="gpt_oss", model_types=("gpt_oss",), **_MOE),
+    replace(_LLAMA, name="gpt_oss", model_types=("gpt_oss",), sinks=True, **_MOE),
     replace(
         _LLAMA,
         name="starcoder2",
@@ -411,7 +412,7 @@ FAMILIES: tuple[Family, ...] = (
     replace(
         _LLAMA,
         name="nemotron",
-        model_types=("nemotron",),
+        model_types=("nemotron", "arcee"),
         block=_taps(
             _LLAMA_QKV,
             _LLAMA_CORE,

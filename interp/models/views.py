@@ -23,8 +23,11 @@ def features(taps: dict[str, Any], kind: str) -> Tensor:
     """Indices into the last dimension of the tensor that carries `kind`: `[head, d_head]`.
 
     q, k and v are found in their projection's output whatever the layout; z, q_rot and head_out are laid out by query
-    head, k_rot by key/value head.
+    head, k_rot by key/value head. `mlp_pre` `[1, d_mlp]` is the first part of a projection that also holds the other
+    factor of a gated MLP.
     """
+    if kind == "mlp_pre":
+        return torch.arange(taps["d_mlp"])[None, :]
     heads, kv, d = taps["n_heads"], taps["n_kv_heads"], taps["d_head"]
     count = kv if kind in ("k", "v", "k_rot") else heads
     head = torch.arange(count)

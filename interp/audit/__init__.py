@@ -1,0 +1,124 @@
+"""The audit: is every tap of this model what it says it is? `model.audit()` or `python -m interp.audit NAME`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import AuditError
+from ..models.model import Model
+from ..sites import KINDS
+from .checks import Finding, check_embed, check_identity, check_padding, check_writes
+from .checks import check_reads as _read_findings
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an audit found. `ok`, `failed` ({kind: reason}), `findings`; printing it gives a table by kind of site."""
+
+    model: str
+    family: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Kinds of sites that failed, with the worst failure of each."""
+        out: dict[str, str] = {}
+        worst = sorted((f for f in self.findings if not f.ok), key=lambda f: -(f.error / (f.tolerance or 1e-30)))
+        for finding in worst:
+            out.setdefault(
+                finding.kind,
+                f"{finding.what} at layer {finding.layer} is off by {finding.error:.3g} (allowed {finding.tolerance:.1g})",
+            )
+        return out
+
+    def __str__(self) -> str:
+        lines = [f"audit of {self.model} ({self.family})", f"{'site':<11}{'check':<12}{'layers':>7}{'worst/allowed':>15}  "]
+        for kind in KINDS:
+            for what in ("read", "write", "self-patch", "padding"):
+                found = [finding for finding in self.findings if (finding.kind, finding.what) == (kind, what)]
+                if not found:
+                    continue
+                worst = max(finding.error / finding.tolerance if finding.tolerance else finding.error for finding in found)
+                notes = sorted({finding.note for finding in found if finding.note})
+                verdict = "ok" if all(finding.ok for finding in found) else "FAILED"
+                layers = len({finding.layer for finding in found})
+                lines.append(
+                    f"{kind:<11}{what:<12}{layers:>7}{worst:>15.3f}  {verdict}{'  note: ' + '; '.join(notes) if notes else ''}"
+                )
+        count = len(self.findings)
+        lines.append(f"{count} checks, " + ("all passed" if self.ok else f"FAILED: {self.failed}"))
+        return "\n".join(lines)
+
+
+def _prompt(model: Model, length: int, seed: int) -> list[int]:
+    """Token ids that mean nothing, behind the model's own prefix."""
+    generator = torch.Generator().manual_seed(seed)
+    special = set(getattr(model.tokenizer, "all_special_ids", ()))
+    ids = torch.randint(0, model.vocab_size, (4 * length,), generator=generator).tolist()
+    return [*model.prefix_ids, *[token for token in ids if token not in special]][:length]
+
+
+def _local(model: Model) -> None:
+    if any(parameter.is_meta for parameter in model.hf.parameters()):
+        raise AuditError(f"the audit of {model.name} needs its weights here, but they live on a remote deployment")
+
+
+def _refuse(model: Model, report: AuditReport) -> None:
+    """Later uses of a site that failed are refused with the audit's reason; the logits themselves must hold."""
+    model.refused.clear()
+    model.refused.update({kind: f"the audit says: {reason}" for kind, reason in report.failed.items()})
+    if "logits" in report.failed:
+        raise AuditError(
+            f"{model.name}: a traced run does not give the plain model's logits ({report.failed['logits']}); no experiment "
+            f"on it can be trusted. Correct the row {model.family.name!r} in interp/models/families.py"
+        )
+
+
+def audit(model: Model, *, length: int = 9, layers: Sequence[int] | None = None) -> AuditReport:
+    """Prove the reads and writes of every kind of site at every layer, on the model itself.
+
+    Args:
+        length: tokens of the random prompts used.
+        layers: layers whose writes are checked; all by default.
+
+    Returns:
+        AuditReport; kinds that failed are refused by later experiments on this model, with the reason.
+
+    Raises:
+        AuditError: the logits of a traced run differ from the plain model's, or the weights are not here.
+    """
+    _local(model)
+    prompt, other = _prompt(model, length, 0), _prompt(model, length, 1)
+    findings: list[Finding] = [*_read_findings(model, prompt)]
+    for layer in range(model.n_layers) if layers is None else layers:
+        findings += check_writes(model, prompt, other, layer)
+    findings += [*check_embed(model, prompt), *check_identity(model, prompt), *check_padding(model, prompt)]
+    report = _report(model, findings)
+    _refuse(model, report)
+    return report
+
+
+def check_reads(model: Model) -> AuditReport:
+    """One short forward that checks all reads; `load_model` runs it. Sites that fail are refused, with a warning."""
+    _local(model)
+    report = _report(model, _read_findings(model, _prompt(model, 5, 0)))
+    _refuse(model, report)
+    if report.failed:
+        warnings.warn(
+            f"{model.name}: these sites are not what the row {model.family.name!r} says and are refused: {report.failed}",
+            stacklevel=3,
+        )
+    return report
+
+
+def _report(model: Model, findings: Iterable[Finding]) -> AuditReport:
+    return AuditReport(model.name, model.family.name, tuple(findings))

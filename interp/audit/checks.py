@@ -1,0 +1,384 @@
+"""The invariants of an audit: what must hold of every read, and what every write must do at its consumer.
+
+Expected values come from calling the HuggingFace modules directly, never from the taps that are on trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.reading import entry, read
+from ..models.model import Model
+from ..models.views import at, features, matrix, mix_values
+from ..sites import HEAD_KINDS, KINDS, KV_KINDS
+
+#: Largest error, relative to max(1, largest expected value), by float type.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+ACTIVATIONS = ("act_fn", "activation_fn", "act", "gelu_impl")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check at one layer: the largest error, what it may be, and a note where there was nothing to prove."""
+
+    kind: str
+    what: str
+    layer: int
+    error: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within its tolerance."""
+        return self.error <= self.tolerance
+
+
+def compare(kind: str, what: str, layer: int, got: Tensor, want: Tensor, note: str = "") -> Finding:
+    """A finding from two tensors that must be equal."""
+    want = want.to(got.device)
+    scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
+    error = float((got.float() - want.float()).abs().max()) if got.numel() else 0.0
+    return Finding(kind, what, layer, float("inf") if error != error else error, TOLERANCE[got.dtype] * scale, note)
+
+
+class Parts:
+    """The HuggingFace modules of one block, called directly to say what a consumer should have done."""
+
+    def __init__(self, model: Model, layer: int) -> None:
+        self.model, self.family, self.layer = model, model.family, layer
+        self.block = at(at(model.hf, model.family.layers), str(layer))
+
+    def normed(self, path: str | None, x: Tensor) -> Tensor:
+        """`x` behind the norm at a path, or itself where the family has none there."""
+        return at(self.block, path)(x) if path else x
+
+    def projected(self, kind: str, x: Tensor) -> Tensor:
+        """q, k or v by head from what the projection reads: `[row, position, head, d_head]`."""
+        module = at(self.block, self.family.qkv["qkv".index(kind)])
+        return module(x)[..., features(self.model.taps, kind).to(x.device)]
+
+    def attn_out(self, z: Tensor) -> Tensor:
+        """What attention adds to the stream, from z `[row, position, head, d_head]`."""
+        return self.normed(self.family.post_attn, at(self.block, self.family.o)(z.flatten(2)))
+
+    def mlp_out(self, neuron: Tensor) -> Tensor:
+        """What the MLP adds to the stream, from its hidden units."""
+        assert self.family.down is not None
+        return self.normed(self.family.post_mlp, at(self.block, self.family.down)(neuron))
+
+    def activation(self) -> Any:
+        """The MLP's activation function, or None where it has no name that is known."""
+        mlp = at(self.block, self.family.mlp)
+        return next((getattr(mlp, name) for name in ACTIVATIONS if hasattr(mlp, name)), None)
+
+
+def kinds_of(model: Model) -> list[str]:
+    """The kinds of sites that this model has inside its blocks."""
+    absent = set(model.family.missing) | {"logits", "embed"}
+    if model.family.name == "falcon" and model.taps["attention"] != "eager":
+        absent.add("pattern")
+    return [kind for kind in KINDS if kind not in absent]
+
+
+def logits_of(model: Model, hidden: Tensor) -> Tensor:
+    """Logits from the final residual stream, through the model's own norm and head."""
+    config = model.hf.config.get_text_config()
+    logits = at(model.hf, model.family.head)(at(model.hf, model.family.norm)(hidden))
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.no_grad()
+def check_reads(model: Model, prompt: Sequence[int]) -> Iterator[Finding]:
+    """One forward pass: every read at every layer against the model's own modules and its plain forward."""
+    kinds, layers = kinds_of(model), range(model.n_layers)
+    reads = [(layer, kind) for layer in layers for kind in kinds] + [(-1, "embed")]
+    run = read(model, [prompt], reads)
+    got: dict[tuple[int, str], Tensor] = run["reads"]
+    ids = torch.tensor([list(prompt)], device=model.device)
+    plain = model.hf(input_ids=ids, output_hidden_states=True)
+    yield compare("logits", "read", model.n_layers, run["logits"], plain.logits[:, -1])
+    yield compare("embed", "read", 0, got[-1, "embed"], at(model.hf, model.family.embed)(ids))
+    for layer in layers:
+        here = {kind: got[layer, kind] for kind in kinds}
+        parts = Parts(model, layer)
+        pre, post = here["resid_pre"], here["resid_post"]
+        yield compare("resid_pre", "read", layer, pre, plain.hidden_states[layer])
+        if layer + 1 < model.n_layers:
+            yield compare("resid_post", "read", layer, post, plain.hidden_states[layer + 1])
+        else:
+            yield compare("resid_post", "read", layer, logits_of(model, post[:, -1:])[:, 0], plain.logits[:, -1])
+        total = pre + here["attn_out"] + here["mlp_out"]
+        yield compare("mlp_out", "read", layer, total, post)
+        if "resid_mid" in here:
+            yield compare("attn_out", "read", layer, pre + here["attn_out"], here["resid_mid"])
+            yield compare("resid_mid", "read", layer, here["resid_mid"] + here["mlp_out"], post)
+        yield from check_attention_reads(model, parts, here)
+        if "neuron" in here:
+            yield compare("neuron", "read", layer, parts.mlp_out(here["neuron"]), here["mlp_out"])
+            yield check_units(parts, here["mlp_pre"], here["neuron"])
+
+
+def check_attention_reads(model: Model, parts: Parts, here: dict[str, Tensor]) -> Iterator[Finding]:
+    """Heads: projections of the stream, their mixture by the pattern, and what they write."""
+    layer = parts.layer
+    x = parts.normed(model.family.norm1, here["resid_pre"])
+    for kind in "qkv":
+        yield compare(kind, "read", layer, here[kind], parts.projected(kind, x))
+    yield compare("z", "read", layer, parts.attn_out(here["z"]), here["attn_out"])
+    o = at(parts.block, model.family.o)
+    summed = here["head_out"].sum(2) + (0 if o.bias is None else o.bias)
+    yield compare("head_out", "read", layer, parts.normed(model.family.post_attn, summed), here["attn_out"])
+    if "pattern" in here:
+        pattern = here["pattern"]
+        mixed = mix_values(pattern, here["v"].transpose(1, 2))
+        yield compare("pattern", "read", layer, mixed, here["z"])
+        sums = pattern.float().sum(-1)
+        want = torch.ones_like(sums) if not model.family.sinks else sums.clamp(max=1.0)
+        yield compare("pattern", "read", layer, sums, want)
+    for kind, plain in (("q_rot", "q"), ("k_rot", "k")):
+        if kind in here:
+            moved = here[kind][:, 0].float().norm(), here[plain][:, 0].float().norm()
+            note = "" if float(moved[0]) or not float(moved[1]) else "reads zero"
+            yield Finding(kind, "read", layer, 0.0 if not note else float("inf"), 0.0, note)
+
+
+def check_units(parts: Parts, pre: Tensor, neuron: Tensor) -> Finding:
+    """Hidden units are the activation function of `mlp_pre`, times another factor in gated MLPs."""
+    act = parts.activation()
+    if act is None or pre.shape != neuron.shape:
+        return compare("mlp_pre", "read", parts.layer, neuron[..., :0], neuron[..., :0], "activation function not found")
+    active = act(pre)
+    dead = active.abs() < 1e-6
+    return compare("mlp_pre", "read", parts.layer, neuron.masked_fill(~dead, 0), torch.zeros_like(neuron))
+
+
+@torch.no_grad()
+def check_writes(model: Model, prompt: Sequence[int], other: Sequence[int], layer: int) -> Iterator[Finding]:
+    """Every kind of write at one layer, one grown row each; each is proved by what its consumer then did."""
+    kinds = kinds_of(model)
+    last = layer == model.n_layers - 1
+    base = read(model, [prompt], [(layer, kind) for kind in kinds], last=layer + 1)["reads"]
+    place = len(prompt) // 2
+    generator = torch.Generator().manual_seed(layer)
+    values: dict[tuple[int, str], Tensor] = {}
+    delta: dict[str, Tensor] = {}
+    edits, row_of = [], {}
+    for kind in kinds:
+        row_of[kind] = 2 + len(row_of)
+        if kind == "pattern":
+            edits.append(entry(layer, kind, "replace", row_of[kind], source=1))
+            continue
+        tensor = base[layer, "z" if kind == "head_out" else kind]
+        width = int(features(model.taps, "z" if kind == "head_out" else kind).max()) + 1 if kind in FEATURED else 0
+        step = torch.randn(width or tensor.shape[-1], generator=generator) * max(float(tensor.float().std()), 1e-2)
+        values[layer, kind] = step.to(model.device, model.dtype)[None, None]
+        head = {"head": 0} if kind in HEAD_KINDS else {}
+        edits.append(entry(layer, kind, "add", row_of[kind], column=place, source_column=place, value=0, **head))
+        delta[kind] = values[layer, kind][0, 0]
+    reads = [(layer, kind) for kind in kinds] + ([] if last else [(layer + 1, kind) for kind in "qkv"])
+    origin = [0] * len(kinds)
+    stage = [layer + 1 if kind == "resid_post" else layer for kind in kinds]
+    order = sorted(range(len(kinds)), key=lambda index: stage[index])  # rows must join in the order of their stage
+    rank = {2 + index: 2 + place for place, index in enumerate(order)}
+    edits = [(*edit[:3], rank[edit[3]], *edit[4:]) for edit in edits]
+    row_of = {kind: rank[row] for kind, row in row_of.items()}
+    run = read(
+        model,
+        [prompt, other],
+        reads,
+        edits=edits,
+        values=values,
+        origin=origin,
+        stage=[stage[index] for index in order],
+        last=None if last else layer + 1,
+    )
+    trial = Trial(model, layer, place, run, row_of, delta)
+    yield from trial.findings()
+
+
+#: Kinds that are addressed by head, or are part of a fused tensor.
+FEATURED = ("q", "k", "v", "q_rot", "k_rot", "z", "head_out", "mlp_pre")
+
+
+class Trial:
+    """The rows of one run of writes at one layer, and what each must have done."""
+
+    def __init__(
+        self, model: Model, layer: int, place: int, run: dict[str, Any], row_of: dict[str, int], delta: dict[str, Tensor]
+    ) -> None:
+        self.model, self.layer, self.place, self.run = model, layer, place, run
+        self.row_of, self.delta, self.parts = row_of, delta, Parts(model, layer)
+        index = features(model.taps, "z")
+        self.head_delta = {kind: step[index[0].to(step.device)] for kind, step in delta.items() if kind in ("z", "head_out")}
+
+    def get(self, kind: str, row: str | None, layer: int | None = None) -> Tensor:
+        """What was read at a kind of site in the row of a write (None: the base row): `[1, position, …]`."""
+        number = 0 if row is None else self.row_of[row]
+        return self.run["reads"][self.layer if layer is None else layer, kind][number : number + 1]
+
+    def moved(self, kind: str, row: str) -> Tensor:
+        """How far a site moved in the row of a write."""
+        return self.get(kind, row) - self.get(kind, None)
+
+    def expect(self, kind: str, got: Tensor, want: Tensor, weight: Tensor | None = None) -> Finding:
+        """A finding on a write; a consumer whose weights are zero has nothing to show, which is a note."""
+        zero = weight is not None and not bool(weight.abs().max())
+        return compare(kind, "write", self.layer, got, want, "weights are zero" if zero else "")
+
+    def at_place(self, step: Tensor, like: Tensor) -> Tensor:
+        """A change at the edited position only."""
+        full = torch.zeros_like(like)
+        full[:, self.place] = step
+        return full
+
+    def findings(self) -> Iterator[Finding]:
+        """Every write of this layer."""
+        family, has = self.model.family, set(self.row_of)
+        for kind in ("attn_out", "mlp_out"):
+            before = [part for part in ("resid_pre", "attn_out", "mlp_out") if part != kind]
+            after = self.get("resid_post", kind)
+            if kind == "attn_out" and "resid_mid" in has:  # a sequential MLP answers to the write
+                before, after = ["resid_pre"], self.get("resid_mid", kind)
+            want = sum((self.get(part, kind) for part in before), self.get(kind, None))
+            yield self.expect(kind, after, want + self.at_place(self.delta[kind], want))
+        yield from self._stream("resid_pre", family.norm1)
+        if "resid_mid" in has:
+            yield from self._stream("resid_mid", family.norm2)
+        yield from self._last_stream()
+        yield from self._attention(has)
+        if "neuron" in has:
+            yield from self._units()
+
+    def _stream(self, kind: str, norm: str | None) -> Iterator[Finding]:
+        """A write to the stream moves what the next projection reads and what is carried on."""
+        moved = self.moved(kind, kind)
+        x = self.parts.normed(norm, self.get(kind, None) + self.at_place(self.delta[kind], moved))
+        if kind == "resid_pre":
+            yield self.expect(kind, self.get("q", kind), self.parts.projected("q", x))
+        elif "mlp_pre" in self.row_of:
+            pre = at(self.parts.block, self.model.family.mlp_pre)(x)[..., : self.model.d_mlp]
+            yield self.expect(kind, self.get("mlp_pre", kind), pre)
+        added = self.get("mlp_out", kind) + (self.get("attn_out", kind) if kind == "resid_pre" else 0)
+        want = self.get(kind, None) + self.at_place(self.delta[kind], moved) + added
+        yield self.expect(kind, self.get("resid_post", kind), want)
+
+    def _last_stream(self) -> Iterator[Finding]:
+        kind = "resid_post"
+        after = self.get(kind, None) + self.at_place(self.delta[kind], self.get(kind, None))
+        if self.layer + 1 < self.model.n_layers:
+            following = Parts(self.model, self.layer + 1)
+            want = following.projected("q", following.normed(self.model.family.norm1, after))
+            yield self.expect(kind, self.get("q", kind, self.layer + 1), want)
+        else:
+            row = self.row_of[kind]
+            yield self.expect(kind, self.run["logits"][row : row + 1], logits_of(self.model, after[:, -1:])[:, 0])
+            got = self.get(kind, kind)
+            yield self.expect(kind, got, after)
+
+    def _attention(self, has: set[str]) -> Iterator[Finding]:
+        """q, k, v reach only the heads that use them; z and head_out move attention's output by W_O·Δ."""
+        model, d = self.model, self.model.d_head
+        group = model.n_heads // model.n_kv_heads
+        o = at(self.parts.block, model.family.o)
+        by_head = matrix(o)[:, :d]
+        for kind in ("z", "head_out"):
+            z = self.get("z", None)
+            step = torch.zeros_like(z)
+            step[:, self.place, 0] = self.head_delta[kind]
+            yield self.expect(kind, self.get("attn_out", kind), self.parts.attn_out(z + step), by_head)
+        for kind in ("q", "k", "v", "q_rot", "k_rot"):
+            if kind not in has:
+                continue
+            reach = group if kind in KV_KINDS else 1
+            moved = self.moved("z", kind)
+            joint = self.model.family.joint_qk_norm and kind in "qk"
+            outside = moved[:, :, moved.shape[2] if joint else reach :]
+            yield self.expect(kind, outside, torch.zeros_like(outside))
+            before = moved[:, : self.place]
+            yield self.expect(kind, before, torch.zeros_like(before))
+            if kind == "v":
+                if "pattern" in has:
+                    step = self.delta[kind][features(model.taps, "v")[0].to(moved.device)]
+                    weight = self.get("pattern", None)[:, :reach, :, self.place].transpose(1, 2)
+                    yield self.expect(kind, moved[:, :, :reach], weight[..., None] * step)
+                continue
+            if "pattern" in has:
+                z = mix_values(self.get("pattern", kind), self.get("v", kind).transpose(1, 2))
+                yield self.expect(kind, self.get("z", kind), z)
+            inside = float(moved[:, self.place :, :reach].abs().max())
+            other = self.get("k" if kind.startswith("q") else "q", None)
+            idle = not float(other.abs().max()) or not float(self.get("v", None).abs().max())
+            error = 0.0 if inside or idle else float("inf")
+            yield Finding(kind, "write", self.layer, error, 0.0, "weights are zero" if idle else "")
+        if "pattern" in has:
+            pattern = self.run["reads"][self.layer, "pattern"][1:2]
+            want = mix_values(pattern, self.get("v", None).transpose(1, 2))
+            yield self.expect("pattern", self.get("z", "pattern"), want)
+            yield self.expect("pattern", self.get("attn_out", "pattern"), self.parts.attn_out(want), by_head)
+
+    def _units(self) -> Iterator[Finding]:
+        """Hidden units move the MLP's output by W_down·Δ; `mlp_pre` moves its own hidden units only."""
+        down = matrix(at(self.parts.block, self.model.family.down or ""))
+        neuron = self.get("neuron", None)
+        step = self.at_place(self.delta["neuron"], neuron)
+        yield self.expect("neuron", self.get("mlp_out", "neuron"), self.parts.mlp_out(neuron + step), down)
+        act = self.parts.activation()
+        moved = self.get("neuron", "mlp_pre")
+        if act is None:
+            yield self.expect("mlp_pre", moved[:, : self.place], neuron[:, : self.place])
+            return
+        before = act(self.get("mlp_pre", None))
+        after = act(self.get("mlp_pre", None) + self.at_place(self.delta["mlp_pre"][: self.model.d_mlp], neuron))
+        steady = before.abs() > 1e-2
+        want = torch.where(steady, neuron * after / torch.where(steady, before, torch.ones_like(before)), moved)
+        yield self.expect("mlp_pre", moved, want)
+
+
+@torch.no_grad()
+def check_embed(model: Model, prompt: Sequence[int]) -> Iterator[Finding]:
+    """A write to the embedding equals a plain forward from changed embeddings."""
+    place = len(prompt) // 2
+    embedded = at(model.hf, model.family.embed)(torch.tensor([list(prompt)], device=model.device))
+    spread = float(embedded.float().std()) or 1.0
+    step = torch.randn(embedded.shape[-1], generator=torch.Generator().manual_seed(0)) * spread
+    step = step.to(embedded.device, embedded.dtype)
+    edits = [entry(-1, "embed", "add", 0, column=place, source_column=place, value=0)]
+    got = read(model, [prompt], edits=edits, values={(-1, "embed"): step[None, None]})["logits"]
+    embedded[:, place] += step
+    yield compare("embed", "write", 0, got, model.hf(inputs_embeds=embedded).logits[:, -1])
+
+
+@torch.no_grad()
+def check_identity(model: Model, prompt: Sequence[int]) -> Iterator[Finding]:
+    """Patching a run with itself, at every layer at once, changes nothing."""
+    kinds = kinds_of(model)
+    edits = [
+        entry(layer, kind, "replace", 1 + row, source=0)
+        for row, kind in enumerate(kinds)
+        for layer in range(model.n_layers)
+    ]
+    run = read(model, [prompt], edits=edits, origin=[0] * len(kinds), stage=[0] * len(kinds))
+    for row, kind in enumerate(kinds, start=1):
+        yield compare(kind, "self-patch", model.n_layers, run["logits"][row], run["logits"][0])
+
+
+@torch.no_grad()
+def check_padding(model: Model, prompt: Sequence[int]) -> Iterator[Finding]:
+    """A left-padded row equals the same prompt alone, at every layer."""
+    short = list(prompt[: max(2, len(prompt) - 3)])
+    reads = [(layer, "resid_post") for layer in range(model.n_layers)]
+    both, alone = read(model, [prompt, short], reads), read(model, [short], reads)
+    yield compare("logits", "padding", model.n_layers, both["logits"][1], alone["logits"][0])
+    for site, activation in alone["reads"].items():
+        padded = both["reads"][site][1:, -len(short) :]
+        yield compare("resid_post", "padding", site[0], padded, activation)

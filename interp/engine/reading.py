@@ -1,0 +1,64 @@
+"""One forward pass that reads (and, for the audit, edits) sites by hand: the same traces as patching, no metric."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..edits import FIELDS, OPS
+from ..models.model import Model
+from ..sites import KINDS
+from .schedule import inputs_of
+from .trace import execute
+
+
+def entry(layer: int, kind: str, op: str, row: int, **where: int) -> tuple[int, ...]:
+    """One row of the table of edits; `where` fills source, column, source_column, head, unit, value (-1 = all or none)."""
+    return (layer, KINDS.index(kind), OPS.index(op), row, *(where.get(name, -1) for name in FIELDS[4:]))
+
+
+def read_program(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    reads: Iterable[tuple[int, str]] = (),
+    *,
+    edits: Sequence[tuple[int, ...]] = (),
+    values: Mapping[tuple[int, str], Tensor] | None = None,
+    origin: Sequence[int] = (),
+    stage: Sequence[int] = (),
+    last: int | None = None,
+) -> dict[str, Any]:
+    """A program over prompts of token ids whose activations are returned; logits are those of each row's last token."""
+    width = max(len(prompt) for prompt in prompts)
+    accepts = frozenset(inspect.signature(type(model.hf).forward).parameters)
+    rows = len(prompts) + len(origin)
+    return {
+        "inputs": inputs_of(prompts, width, 0, accepts),
+        "origin": torch.tensor(list(origin), dtype=torch.long),
+        "stage": torch.tensor(list(stage), dtype=torch.long),
+        "edits": torch.tensor(list(edits), dtype=torch.int32).reshape(-1, len(FIELDS)),
+        "values": dict(values or {}),
+        "reads": list(reads),
+        "last": last,
+        "first": 0,
+        "want_logits": True,
+        "scored": torch.arange(rows),
+        "at": torch.full((rows,), width - 1),
+        "clean": None,
+        "corrupted": None,
+        "answers": None,
+        "distractors": None,
+    }
+
+
+def read(model: Model, prompts: Sequence[Sequence[int]], reads: Iterable[tuple[int, str]] = (), **more: Any) -> dict:
+    """Run one such program here: {"reads": {(layer, kind): activation}, "logits": [row, d_vocab]}.
+
+    Activations are `[row, position, feature]`; q, k, v, z, q_rot, k_rot and head_out `[row, position, head, feature]`;
+    pattern `[row, head, query, key]`. Rows are left-padded to the longest prompt.
+    """
+    return execute(model.nn, model.taps, [read_program(model, prompts, reads, **more)], None)[0]
