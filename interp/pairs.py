@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -74,7 +74,6 @@ class PromptPairs:
         at = -1 if answer_positions is None else answer_positions
         rows = [at] * n if isinstance(at, int) else _listed("answer_positions", at)
         ats = tuple(_integer("answer_positions", i, row) for i, row in enumerate(rows))
-
         counts = {part: len(rows) for part, rows in parts.items() if rows is not None}
         counts |= {f"positions[{key!r}]": len(rows) for key, rows in named.items()}
         counts["answer_positions"] = len(ats)
@@ -210,15 +209,13 @@ class EncodedPairs:
         return len(self.clean)
 
     def __repr__(self) -> str:
-        lengths = sorted({len(row) for row in self.clean})
-        span = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]}..{lengths[-1]}"
+        span = f"{min(map(len, self.clean))}..{max(map(len, self.clean))}"
         return f"EncodedPairs({len(self)} pairs, {span} tokens, {'' if self.aligned else 'not '}aligned)"
 
     @property
     def aligned(self) -> bool:
         """Whether clean and corrupted have equal length in every pair (so too where none is corrupted)."""
-        pairs = zip(self.clean, self.corrupted or self.clean, strict=True)
-        return all(len(clean) == len(corrupted) for clean, corrupted in pairs)
+        return [*map(len, self.clean)] == [*map(len, self.corrupted or self.clean)]
 
     @cached_property
     def first_difference(self) -> Tokens:
@@ -287,16 +284,17 @@ def _prompt(part: str, i: int, prompt: Any) -> str | Tokens:
 
 def _answer_set(part: str, i: int, entry: Any) -> tuple[str | int, ...]:
     entry = entry.tolist() if hasattr(entry, "tolist") else entry
-    entries = [entry] if isinstance(entry, str | int) else list(entry)
+    entry = sorted(entry, key=str) if isinstance(entry, Set) else entry  # in the same order in every process
+    entries = list(entry) if isinstance(entry, Sequence) and not isinstance(entry, str) else [entry]
     if not entries:
         raise AnswerError(f"{part} of pair {i} is an empty set, shape [0]; give at least one token")
     return tuple(e if isinstance(e, str) else _integer(part, i, e) for e in entries)
 
 
 def _sides(key: str, i: int, entry: Any, has_corrupted: bool) -> Sides:
-    what = f"positions[{key!r}]"
     needed = ("clean", "corrupted") if has_corrupted else ("clean",)
     entry = entry if isinstance(entry, Mapping) else dict.fromkeys(needed, entry)
     if not set(needed) <= set(entry) <= {"clean", "corrupted"}:
-        raise PairsError(f"{what} of pair {i} has the sides {list(entry)}; give {list(needed)}")
+        raise PairsError(f"positions[{key!r}] of pair {i} has the sides {list(entry)}; give {list(needed)}")
+    what = f"positions[{key!r}]"
     return {side: at if isinstance(at := entry[side], str) else _ints(what, i, at) for side in needed}
