@@ -338,3 +338,10 @@ def execute(
         if done is not None:
             done(index, found)
     return results
+
+
+def scores(
+    model: Any, taps: dict[str, Any], programs: list[dict[str, Any]], metric: Callable[..., Tensor]
+) -> Tensor:
+    """The metric of every program behind one another `[scored, of all]`: all that need come back from a server."""
+    return torch.cat([found["metric"].cpu() for found in execute(model, taps, programs, metric)])
