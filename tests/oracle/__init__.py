@@ -1,1 +1,1 @@
-"""The oracle: one forward per patch in plain PyTorch. It imports nothing from `interp`: it can prove it wrong."""
+"""The oracle: one forward per patch in plain PyTorch, importing nothing from `interp`, to prove it wrong."""

@@ -1,8 +1,8 @@
-"""The dot product of attention, seen where it happens: what enters q·kᵀ, and the pattern that multiplies v."""
+"""The dot products of attention, seen where they happen: what enters q·kᵀ, and the pattern times v."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -47,16 +47,18 @@ class _DotProducts(TorchFunctionMode):
 
     def _spelled_out(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, **other: Any) -> Tensor:
         assert self.layer is not None and not other.get("is_causal")
-        both = self._scores({"q": q, "k": k}, "q", "k")
-        scores = both["q"] @ both["k"].transpose(-1, -2) / q.shape[-1] ** 0.5 + attn_mask
+        both = self._scores({"q": q, "k": k.transpose(-1, -2)}, "q", "k")
+        scores = both["q"] @ both["k"] / q.shape[-1] ** 0.5 + attn_mask
         self.products = 2
         return self.rewrite(self.layer, "pattern", scores.softmax(-1)) @ v
 
 
 @contextmanager
-def dot_products(oracle: Any, sites: dict[tuple[str, int], Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """While open, `oracle.model` runs with eager attention and each q_rot, k_rot or pattern in `sites`, keyed by
-    (kind, layer), is replaced by its function of [position, head, …]; k_rot is by kv head."""
+def dot_products(oracle: Any, sites: Mapping[tuple[str, int], Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """While open, `oracle.model` runs with eager attention, its q_rot, k_rot and pattern changed by `sites`.
+
+    `sites` holds by (kind, layer) a function of the activation [position, head, …]; k_rot is by kv head.
+    """
 
     def at(layer: int, kind: str, old: Tensor) -> Tensor:
         if (kind, layer) not in sites:

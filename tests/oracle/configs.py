@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 _SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 _WORDS = """
     the a an and or but of to in on at with from by for as is was are were has had gave sold went said saw
-    when then after before because while not no yes he she they it him her them his their who which that this these
-    Mary John Tom Anna Paul Lisa Mark Rosa Peter Clara store park school house garden office station market
-    book ball drink ring apple letter key ticket lamp red blue green old new big small happy city river king queen
-    dog cat bird France Paris Rome Italy Spain Madrid capital country 0 1 2 3 4 5 6 7 8 9 . , ? ! : ; ' -
+    when then after before because while not no yes he she they it him her them his their who which that
+    this these Mary John Tom Anna Paul Lisa Mark Rosa Peter Clara store park school house garden office
+    station market book ball drink ring apple letter key ticket lamp red blue green old new big small happy
+    city river king queen dog cat bird France Paris Rome Italy Spain Madrid capital country
+    0 1 2 3 4 5 6 7 8 9 . , ? ! : ; ' -
 """.split()  # noqa: SIM905
 #: Size of the tokenizer's vocabulary and of every tiny model's.
 D_VOCAB = len(_SPECIAL) + len(_WORDS)
@@ -37,6 +38,7 @@ _GPT: dict[str, Any] = {
     "vocab_size": D_VOCAB,
     "n_positions": 64,
     "n_embd": 32,
+    "n_inner": 48,
     "n_layer": 3,
     "n_head": 4,
     "bos_token_id": 1,
@@ -180,7 +182,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny(family: str, seed: int = 0) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+def tiny(family: str, seed: int = 0) -> tuple[Any, PreTrainedTokenizerFast]:
     """A random 3-layer model of a family (a key of `FAMILIES`) in fp32, eval mode, with the shared tokenizer.
 
     Attention is SDPA where the family supports it, else eager. The same seed gives the same weights.
@@ -194,7 +196,7 @@ def tiny(family: str, seed: int = 0) -> tuple[nn.Module, PreTrainedTokenizerFast
 
 @torch.no_grad()
 def widen(model: nn.Module, seed: int = 0) -> None:
-    """Fill every parameter in place: matrices ~ N(0, 1.2²/d), embeddings ~ N(0, 0.5²), biases ~ N(0, 0.2²).
+    """Fill every parameter in place: matrices ~ N(0, 1.5²/d), embeddings ~ N(0, 0.5²), biases ~ N(0, 0.2²).
 
     Norm weights vary around their neutral value: one, or zero where the norm adds one.
     """
@@ -207,7 +209,7 @@ def widen(model: nn.Module, seed: int = 0) -> None:
         elif any(part in name for part in ("wte", "wpe", "embed_", "embeddings")):
             parameter.copy_(0.5 * noise)
         else:
-            parameter.copy_(1.2 * noise / min(parameter.shape[-2:]) ** 0.5)
+            parameter.copy_(1.5 * noise / min(parameter.shape[-2:]) ** 0.5)
 
 
 def prompts(length: int = 9, first_difference: int = 2, seed: int = 0) -> tuple[list[int], list[int]]:

@@ -1,8 +1,8 @@
 """The reference: one forward per patch on a HuggingFace model, with PyTorch hooks and nothing else.
 
-Activations are those of one unpadded prompt: [position, d_model]; [position, head, d_head] for q, k, v, q_rot,
-k_rot and z; [position, head, d_model] for head_out; [head, query, key] for pattern; [position, d_mlp] for mlp_pre
-and neuron.
+Activations are those of one unpadded prompt: [position, d_model]; [position, head, d_head] for q, k, v,
+q_rot, k_rot, z; [position, head, d_model] for head_out; [head, query, key] for pattern; [position, d_mlp] for
+mlp_pre and neuron.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ class Patch:
 class Oracle:
     """Reads and patches activations of a causal language model, one prompt and one forward at a time.
 
-    The model is copied, so that nothing else that is done to it touches the oracle (`copy_model=False`: hooks are
-    put on the model itself and taken off again).
+    The model is copied, so that nothing else that is done to it touches the oracle (`copy_model=False`: hooks
+    are put on the model itself and taken off again).
     """
 
-    def __init__(self, hf_model: nn.Module, copy_model: bool = True) -> None:
-        self.model: Any = copy.deepcopy(hf_model).eval() if copy_model else hf_model
-        self.config: Any = self.model.config.get_text_config()
+    def __init__(self, hf_model: Any, copy_model: bool = True) -> None:
+        self.model = copy.deepcopy(hf_model).eval() if copy_model else hf_model
+        self.config = self.model.config.get_text_config()
         self.names = names_of(self.config)
-        self.blocks: Any = self.model.get_submodule(self.names.blocks)
+        self.blocks = self.model.get_submodule(self.names.blocks)
         self.n_layers = len(self.blocks)
         self.n_heads: int = self.config.num_attention_heads
         self.n_kv_heads = kv_heads(self.config)
@@ -81,7 +81,7 @@ class Oracle:
         #: What the block multiplies an attention or MLP output with before it adds it (Granite).
         self.scale: float = getattr(self.config, "residual_multiplier", 1.0)
 
-    def part(self, layer: int, name: str) -> nn.Module:
+    def part(self, layer: int, name: str) -> Any:
         """A module of a block by its field in `Names`."""
         return self.blocks[layer].get_submodule(getattr(self.names, name))
 
@@ -110,11 +110,17 @@ class Oracle:
         unit: int | None = None,
         op: str = "replace",
         value: Tensor | float | None = None,
+        source_positions: Sequence[int] | None = None,
     ) -> Tensor:
         """Logits of the base prompt `ids` with one site taken from the source's run or from `value`."""
         if value is None and op != "zero":
             assert source_ids is not None, "a source prompt or a value is needed"
             value = self.read(source_ids, kind, layer)
+            if source_positions is not None:  # prompts of different lengths: these rows go to `positions`
+                assert positions is not None and kind != "pattern"
+                rows_of_base = self.read(ids, kind, layer)
+                rows_of_base[list(positions)] = value[list(source_positions)]
+                value = rows_of_base
         rows = None if positions is None else tuple(positions)
         return self.run(ids, [Patch(kind, layer, 0.0 if value is None else value, rows, head, unit, op)])
 
@@ -128,7 +134,7 @@ class Oracle:
         over: str = "position",
         layers: Sequence[int] | None = None,
     ) -> Tensor:
-        """The naive loop, one forward per cell: `metric(logits)` as [layer, cell], over positions, heads or units."""
+        """The naive loop, one forward per cell: the metric [layer, cell] over positions, heads or units."""
         base, source = (clean_ids, corrupted_ids) if direction == "noising" else (corrupted_ids, clean_ids)
         rows = []
         for layer in range(self.n_layers) if layers is None else layers:
@@ -205,6 +211,8 @@ class Oracle:
 
             handle = self.part(layer, "o").register_forward_hook(lambda _, args, output: add(output, args[0]))
             stack.callback(handle.remove)
+        elif kind == "mlp_in":  # what the MLP reads, after its norm: no site, but paths end there
+            self._edit(stack, self.part(layer, "mlp"), "in", lambda t: change(self._rows(t)).view(t.shape))
         elif kind in ("mlp_pre", "neuron"):
             if not names.down:
                 raise LookupError(f"no {kind} in {self.config.model_type}: its experts are fused")

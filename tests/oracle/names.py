@@ -6,16 +6,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Names:
     """Module names of one architecture; block parts are relative to the block, "" means that there is none.
 
-    `qkv` is the fused projection and `layout` how its output splits: "joined" (q, then k, then v), "interleaved"
-    (q, k, v of head 0, then of head 1, …), "grouped" (per kv head: its queries, its key, its value) or "one_kv"
-    (all queries, one key, one value). `attn_out` and `mlp_out` are the modules whose output the stream gains.
+    `qkv` is the fused projection and `layout` how its output splits: "joined" (q, then k, then v),
+    "interleaved" (q, k, v of head 0, then of head 1, …), "grouped" (per kv head: its queries, its key, its
+    value) or "one_kv" (all queries, one key, one value). `attn_out` and `mlp_out` are the modules whose
+    output is added to the stream.
     """
 
     blocks: str = "model.layers"
@@ -223,7 +224,7 @@ def columns(names: Names, kind: str, heads: int, kv: int, d_head: int) -> Tensor
     return index.split([heads, kv, kv])[slot]
 
 
-def output_matrix(projection: nn.Module, heads: int) -> Tensor:
+def output_matrix(projection: Any, heads: int) -> Tensor:
     """The output projection's weight by head: [head, d_head, d_model]."""
     weight = projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T
     return weight.reshape(heads, -1, weight.shape[-1])
