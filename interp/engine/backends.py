@@ -15,20 +15,56 @@ Done = Callable[[int, torch.Tensor], None]
 
 
 class Backend(Protocol):
-    """Runs programs in order and reports the metric `[scored]` of each."""
+    """Runs programs in order and reports the metric `[scored]` of each; or any function of `engine.trace`.
+
+    `weights_here`: whether the model on this machine has its weights.
+    """
+
+    weights_here: bool
 
     def run(self, model: Any, programs: list[dict[str, Any]], metric: Metric, done: Done) -> None: ...
+
+    def call(self, model: Any, function: Callable[..., Any], *args: Any) -> Any: ...
 
 
 class Local:
     """Runs in this process, on the model's own devices."""
 
+    weights_here = True
+
     def run(self, model: Any, programs: list[dict[str, Any]], metric: Metric, done: Done) -> None:
+        """Every program in order; `done(index, metric [scored])` after each."""
         execute(model.nn, model.taps, programs, metric, lambda index, found: done(index, found["metric"]))
+
+    def call(self, model: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(model.nn, *args)`."""
+        return function(model.nn, *args)
 
 
 def make_backend(name: Any, source: Any) -> Backend:
-    """The backend that `load_model(backend=…)` names."""
+    """The backend that `load_model(backend=…)` names: a name, the address of a server, or a backend as it is.
+
+    Raises:
+        BackendError: no such backend, or one that cannot hold this model.
+    """
     if name == "local":
         return Local()
-    raise BackendError(f"unknown backend {name!r}; the backends are: local")
+    if name == "simulated":
+        from .simulated import Simulated
+
+        return Simulated(source)
+    if name == "ndif" or str(name).startswith(("http://", "https://")):
+        from .ndif import Ndif
+
+        name = Ndif(None if name == "ndif" else str(name).rstrip("/"))
+    if not hasattr(name, "run") or not hasattr(name, "weights_here"):
+        raise BackendError(
+            f"unknown backend {name!r}; it is 'local', 'simulated', 'ndif', or the address of an NDIF server "
+            "('http://host:port')"
+        )
+    if isinstance(source, torch.nn.Module) and not name.weights_here:
+        raise BackendError(
+            f"a {type(source).__name__} in memory cannot run on a server, which has weights of its own: give "
+            "load_model the hub id under which the server knows the model"
+        )
+    return name

@@ -216,7 +216,7 @@ def load_model(
         ModelNotFoundError: nothing under that name. ArchitectureError: no row for this architecture and none could be
             inferred. AuditError: the model's own numbers contradict its row.
     """
-    from ..engine.backends import make_backend
+    from ..engine.backends import Local, make_backend
 
     name, note = str(model), ""
     if isinstance(model, torch.nn.Module):
@@ -232,10 +232,15 @@ def load_model(
             source = ensure_bundled(name)
         else:
             source = model
-        remote = backend not in ("local", "simulated")
+    backend = make_backend(backend, source)
+    nn: Any = None
+    if not isinstance(model, torch.nn.Module):
+        remote = not backend.weights_here
         hf, tokenizer = _from_pretrained(
             source, tokenizer, remote, device, dtype, device_map, attn_implementation, revision, options
         )
+        if remote:
+            nn, hf = hf, hf._module
     hf.eval()
     row = find_family(hf.config.model_type) or infer_family(hf)
     if row is None:
@@ -246,7 +251,8 @@ def load_model(
             "run `python -m interp.audit` on the model: it tells which taps are right."
         )
     family = row.for_config(hf.config)
-    nn = nnsight.TransformersModel(hf, tokenizer=tokenizer, task="text-generation")
+    if nn is None:
+        nn = nnsight.TransformersModel(hf, tokenizer=tokenizer, task="text-generation")
     loaded = Model(
         name=name,
         hf=hf,
@@ -254,12 +260,12 @@ def load_model(
         tokenizer=tokenizer,
         family=family,
         taps=make_taps(hf, family),
-        backend=make_backend(backend, source),
+        backend=backend,
         prefix=prefix or "",
         revision=revision or getattr(hf.config, "_commit_hash", None) or "",
         note=note,
     )
-    if check and backend == "local":
+    if check and isinstance(backend, Local):
         from ..audit import check_reads
 
         check_reads(loaded)
@@ -326,8 +332,8 @@ def _from_pretrained(
     revision: str | None,
     options: dict[str, Any],
 ) -> tuple[Any, Any]:
-    """The HuggingFace model (weightless when remote) and tokenizer of a folder or hub id."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    """The HuggingFace model, or when remote a weightless nnsight model that servers know, and the tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if isinstance(source, os.PathLike) or os.sep in str(source)[:1] or str(source).startswith((".", "~")):
         source = Path(source).expanduser()
@@ -342,9 +348,12 @@ def _from_pretrained(
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **common)
         if remote:
-            with torch.device("meta"):
-                config = AutoConfig.from_pretrained(source, **common)
-                return AutoModelForCausalLM.from_config(config, **options), tokenizer
+            if dtype is not None:
+                options = {**options, "dtype": dtype}
+            nn = nnsight.TransformersModel(
+                str(source), task="text-generation", tokenizer=tokenizer, **common, **options
+            )
+            return nn, tokenizer
         if device is None and device_map is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None:

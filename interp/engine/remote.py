@@ -1,0 +1,165 @@
+"""Running elsewhere: a request is the source of what it calls and plain data, and floats come back.
+
+What `simulated.py` (a worker process on this machine) and `ndif.py` (a deployment of NDIF) share. Both speak
+nnsight's own format: the serialised block of one session.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import nnsight
+import torch
+from nnsight.tracing.backend import Backend as Transport
+
+from ..errors import BackendError, InterpError
+from ..metrics import Metric
+from .trace import scores
+
+#: What one request may hold, in tokens, with OVERHEAD for every forward pass: progress is reported by request.
+REQUEST = 8192
+OVERHEAD = 60
+#: Packages that a server has; a function of any other one travels by its source.
+ON_SERVER = {"torch", "numpy", "transformers", "nnsight", "builtins", "__main__", *sys.stdlib_module_names}
+
+
+def portable(value: Any, seen: dict[int, Any] | None = None) -> Any:
+    """The same data with every tensor on the CPU, without a graph, and without what lies behind a view of it.
+
+    What is shared stays shared, so that it is sent once.
+    """
+    seen = {} if seen is None else seen
+    if id(value) in seen:
+        return seen[id(value)]
+    made = value
+    if isinstance(value, torch.Tensor):
+        made = value.detach().cpu()
+        if made.untyped_storage().nbytes() > made.nbytes:
+            made = made.clone()
+    elif type(value) is dict:
+        made = {key: portable(item, seen) for key, item in value.items()}
+    elif type(value) in (list, tuple):
+        made = type(value)(portable(item, seen) for item in value)
+    seen[id(value)] = made
+    return made
+
+
+def by_source(function: Any) -> None:
+    """Have the package of a function or of its class travel by source, unless every server has it."""
+    while hasattr(function, "func"):
+        function = function.func
+    module = getattr(function, "__module__", None) or type(function).__module__
+    if (root := module.split(".")[0]) not in ON_SERVER:
+        nnsight.register(root)
+
+
+def requests(programs: Sequence[dict[str, Any]], limit: int = REQUEST) -> list[list[int]]:
+    """Which programs go into each request, by number.
+
+    A program that uses a prepared run is in one request with it: the prepared run is done again where a request
+    ends between the programs that use it.
+    """
+    made: list[list[int]] = [[]]
+    full, ready = 0, -1
+    for number, program in enumerate(programs):
+        size = len(program["scored"]) * program["inputs"]["input_ids"].shape[1] + OVERHEAD
+        if made[-1] and full + size > limit and made[-1] != [ready]:
+            made.append([ready] if "use" in program else [])
+            full = 0
+        made[-1].append(number)
+        full += size
+        if program.get("keep") is not None:
+            ready = number
+    return [group for group in made if group]
+
+
+class Shipped:
+    """What both have in common. `sent` and `received`: bytes of all requests of the last run or call."""
+
+    weights_here = True
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.sent = self.received = self.requests = 0
+
+    def transport(self, model: Any) -> Transport:
+        """What hands one serialised session over, and its results back; it counts bytes here."""
+        raise NotImplementedError
+
+    def explain(self, error: Exception, function: Callable[..., Any]) -> BackendError:
+        """The error of a request as the user should read it."""
+        raise NotImplementedError
+
+    def call(self, model: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(model.nn, *args)` over there: any function of `engine.trace`, on plain data and metrics.
+
+        Raises:
+            BackendError: it could not be sent, failed there, or the other side was lost.
+        """
+        self.sent = self.received = self.requests = 0
+        return self._call(model, function, args)
+
+    def _call(self, model: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        for item in (function, *args):
+            if callable(item):
+                by_source(item)
+        nnsight.ndif.pull_env()  # modules that lie beside the user's script
+        nn, arguments, transport = model.nn, portable(args), self.transport(model)
+        self.requests += 1
+        result = None
+        try:
+            with nn.session(backend=transport):
+                result = nnsight.save(function(nn, *arguments))
+        except InterpError:
+            raise
+        except Exception as error:
+            raise self.explain(error, function) from error
+        return result
+
+    def run(
+        self,
+        model: Any,
+        programs: list[dict[str, Any]],
+        metric: Metric,
+        done: Callable[[int, torch.Tensor], None],
+    ) -> None:
+        """Run programs in as few requests as let progress be seen; only their metrics come back."""
+        self.sent = self.received = self.requests = 0
+        finished = 0
+        for group in requests(programs):
+            part = [programs[number] for number in group]
+            found = self._call(model, scores, (model.taps, part, metric))
+            each = found.split([len(program["scored"]) for program in part])
+            for number, metrics in zip(group, each, strict=True):
+                if number >= finished:  # else a prepared run, done again
+                    done(number, metrics)
+            finished = group[-1] + 1
+
+
+def serialise(tracer: Any) -> bytes:
+    """A session as it travels. Raises BackendError where something in it has no form that can be sent."""
+    from nnsight.schema.request import RequestModel
+
+    try:
+        return RequestModel.serialize(tracer, compress=True)
+    except Exception as error:
+        raise BackendError(
+            f"this cannot be sent to a server: {type(error).__name__}: {error}. A metric must be a plain function "
+            "of (logits, batch) that uses torch alone and holds no lock, file, model or other object of this process"
+        ) from error
+
+
+def failure(text: str, function: Callable[..., Any], where: str) -> BackendError:
+    """The error for a traceback text from the other side."""
+    last = next((line for line in reversed(text.strip().splitlines()) if line.strip()), "no reason given")
+    hint = ""
+    if "ModuleNotFoundError" in last:
+        hint = (
+            "; a server has torch, numpy, transformers and nnsight: use these alone, or have your own module "
+            "travel with nnsight.register('its_name')"
+        )
+    name = getattr(function, "__name__", "request")
+    said = f"{where} failed in {name!r}: {last.strip()}{hint}"
+    return BackendError(f"{said}\n--- traceback from there ---\n{text}")
