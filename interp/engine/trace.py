@@ -14,6 +14,7 @@ plain dictionary made by the schedule:
     first       blocks below this layer are skipped
     keep, cache a prepared run: the layers whose input is kept, and the class of an empty cache (or None)
     use, pick, column   a run on a prepared one: its number, which of its rows are needed, the first position run
+    edges       changed reads, see `interp.engine.edges` (or absent)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 from ..edits import apply_group, group_edits
 from ..metrics import score
 from ..models.views import at, attention_pattern, features, mix_values, output_matrix
+from .edges import Edges
 
 
 #: Kinds that are part of a wider tensor, or are divided into heads.
@@ -59,6 +61,8 @@ class Run:
         self.active = set(self.edits) | self.reads
         self.kept: dict[tuple[int, str], Tensor] = {}
         self.first = program["first"]
+        spec = program.get("edges")
+        self.edges = Edges(taps, spec, self.start) if spec is not None else None
         self.cache: Any = None
         self.below: list[tuple[Tensor, Tensor]] = []  # keys and values below the first position run, by layer
         self.entering: Tensor | None = None  # residual stream entering the first block that is run
@@ -91,14 +95,18 @@ def enter(run: Run, layer: int, block: Any) -> None:
         past = run.cache.layers[layer]
         past.keys, past.values = (part[run.rows.to(part.device)] for part in run.below[layer])
     sites = [(layer - 1, "resid_post"), (layer, "resid_pre")]
-    if not grown and not any(site in run.active for site in sites):
+    if not grown and run.edges is None and not any(site in run.active for site in sites):
         return
     args, kwargs = block.inputs
     hidden = args[0] if args else kwargs["hidden_states"]
+    if run.edges is not None and layer == 0:
+        run.edges.record(-1, "embed", hidden)
     if len(joining):
         hidden = torch.cat([hidden, hidden[joining.to(hidden.device)]])
     for site in sites:
         hidden = run.visit(*site, hidden, fresh=len(joining) > 0)
+    if run.edges is not None:
+        run.edges.hidden = hidden
     others = args[1:]
     if grown:
         others = tuple(spread(value, run.rows, run.start) for value in others)
@@ -217,20 +225,28 @@ def walk(model: Any, run: Run) -> None:
         for path, side, kinds in taps["block"][1:]:
             here = [kind for kind in kinds if (layer, kind) in run.active]
             late = "z" in kinds and (core is not None or (layer, "head_out") in run.active)
-            if not here and not late:
+            if not here and not late and (run.edges is None or not run.edges.at_tap(layer, kinds)):
                 continue
             tap = at(block, path)
             if side == "inputs":
                 core = edit_core(run, layer, tap, here)
             elif kinds == ("pattern",):
                 edit_probabilities(run, layer, tap)
+            elif "mlp_in" in kinds:
+                assert run.edges is not None
+                x = run.edges.mlp_input(layer, block, run.by_row(tap.input))
+                tap.input = x.flatten(0, 1) if tap.input.ndim == 2 else x
             elif "resid_mid" in kinds:  # the same tensor enters the norm and the residual stream: write in place
-                run.visit(layer, "resid_mid", run.by_row(tap.input), fresh=True)
+                mid = run.visit(layer, "resid_mid", run.by_row(tap.input), fresh=True)
+                if run.edges is not None:
+                    run.edges.mid = mid
             else:
                 whole = tap.input if side == "input" else tap.output
                 before = x = run.by_row(whole[0] if isinstance(whole, tuple) else whole)
                 if core is not None and "z" in kinds:
                     x, core = write_pattern(run, layer, core, x), None
+                if run.edges is not None:
+                    x = run.edges.pass_tap(layer, kinds, block, x)
                 for kind in here:
                     x = edit_heads(run, layer, tap, z, x) if kind == "head_out" else run.visit(layer, kind, x)
                 if "z" in kinds:
@@ -252,12 +268,13 @@ def finish(model: Any, run: Run) -> None:
     end = run.taps["n_layers"]
     joining = run.program["origin"][run.program["stage"] == end]
     run.rows = torch.cat([run.rows, joining])
-    if len(joining) or (end - 1, "resid_post") in run.active:
+    if len(joining) or run.edges is not None or (end - 1, "resid_post") in run.active:
         norm = at(model, run.taps["norm"])
         hidden = norm.input
         if len(joining):
             hidden = torch.cat([hidden, hidden[joining.to(hidden.device)]])
-        norm.input = run.visit(end - 1, "resid_post", hidden, fresh=len(joining) > 0)
+        hidden = run.visit(end - 1, "resid_post", hidden, fresh=len(joining) > 0)
+        norm.input = hidden if run.edges is None else run.edges.final(hidden)
 
 
 def answer_logits(model: Any, run: Run) -> Tensor:

@@ -42,8 +42,13 @@ def _fused(path: str) -> tuple[Tap, ...]:
     return ((path, "output", ("q", "k", "v")),)
 
 
-def _mlp(pre: str, down: str, out: str = "mlp") -> tuple[Tap, ...]:
-    return ((pre, "output", ("mlp_pre",)), (down, "input", ("neuron",)), (out, "output", ("mlp_out",)))
+def _mlp(pre: str, down: str, out: str = "mlp", enter: str = "mlp") -> tuple[Tap, ...]:
+    return (
+        (enter, "input", ("mlp_in",)),
+        (pre, "output", ("mlp_pre",)),
+        (down, "input", ("neuron",)),
+        (out, "output", ("mlp_out",)),
+    )
 
 
 def _core(attn: str, call: str = "attention_interface_1") -> tuple[Tap, ...]:
@@ -110,7 +115,7 @@ _MOE: dict[str, Any] = {
         _LLAMA_CORE,
         "self_attn.o_proj",
         "post_attention_layernorm",
-        (("mlp", "output", ("mlp_out",)),),
+        (("mlp", "input", ("mlp_in",)), ("mlp", "output", ("mlp_out",))),
     ),
     "mlp_pre": None,
     "down": None,
@@ -299,7 +304,7 @@ FAMILIES: tuple[Family, ...] = (
             _LLAMA_CORE,
             "self_attn.out_proj",
             "final_layer_norm",
-            _mlp("fc1", "fc2", "fc2"),
+            _mlp("fc1", "fc2", "fc2", enter="fc1"),
         ),
         embed="model.decoder.embed_tokens",
         layers="model.decoder.layers",

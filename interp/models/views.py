@@ -58,6 +58,24 @@ def output_matrix(module: Any, index: Tensor) -> Tensor:
     return matrix(module)[:, index].permute(1, 2, 0)
 
 
+def project_heads(module: Any, x: Tensor, index: Tensor) -> Tensor:
+    """Each head's slice of a projection of its own input: x `[row, head, position, d_model]` -> `[…, d_head]`."""
+    weight = matrix(module)[index]  # [head, d_head, d_model]
+    out = torch.einsum("rhpm,hdm->rhpd", x, weight)
+    return out if module.bias is None else out + module.bias[index][None, :, None]
+
+
+def norm_parts(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """An RMS norm at `x` as a product: norm(x) = x · scale · weight, scale `[…, 1]` and weight `[d_model]`.
+
+    The weight is found by asking the norm itself, so that families that store it as 1 + w need no case of their own.
+    """
+    epsilon = next(float(getattr(norm, name)) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
+    weight = norm(torch.ones_like(x[:1, :1])) * (1 + epsilon) ** 0.5
+    scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + epsilon).to(x.dtype)
+    return scale, weight
+
+
 def attention_pattern(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
     """Attention probabilities `[row, head, query, key]` from what enters the dot product.
 

@@ -1,0 +1,220 @@
+"""Edges inside a forward pass: what one node writes, what another reads, and reads that are changed by a difference.
+
+A sender is `embed` (the stream that enters the first block), a head or an MLP; a receiver is a head's q, a key/value
+head's k or v, an MLP, or the logits. A receiver whose edges change by Δ (a tensor in the residual stream) reads x + Δ:
+its norm and its slice of the projection are recomputed from that, and nothing else changes. Standard library and torch
+only: these functions also travel to a remote server.
+
+A program's `edges` is a dictionary with `mode`:
+    "patch"   `table [edge, field]` (FIELDS): in row `row`, the receiver reads the source run's contribution of `sender`
+              instead of the base run's
+    "cut"     `rows`, `mask [row, receiver, sender]` (True = cut), `reference`: every receiver of these rows reads, for cut
+              edges, the reference's contribution instead of this run's own. `reference` is "source" (row `source [row]`),
+              "zero", or constants `[sender, position or 1, d_model]`
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.views import at, features, norm_parts, output_matrix, project_heads
+
+FIELDS = ("row", "base", "source", "sender", "layer", "kind", "head", "column")
+RECEIVERS = ("q", "k", "v", "mlp", "logits")
+
+
+def sender_index(taps: dict[str, Any], layer: int, head: int | None) -> int:
+    """Place of a sender in their order: embed, then heads and MLP of each layer; `head` None is the MLP, layer -1 embed."""
+    if layer < 0:
+        return 0
+    heads = int(taps["n_heads"])
+    return 1 + layer * (heads + 1) + (heads if head is None else head)
+
+
+def receiver_index(taps: dict[str, Any], layer: int, kind: str, head: int = 0) -> int:
+    """Place of a receiver in their order: q, k, v by head and the MLP of each layer, then the logits."""
+    heads, kv = int(taps["n_heads"]), int(taps["n_kv_heads"])
+    per_layer = heads + 2 * kv + 1
+    offset = {"q": 0, "k": heads, "v": heads + kv, "mlp": heads + 2 * kv, "logits": 0}[kind]
+    return (taps["n_layers"] if kind == "logits" else layer) * per_layer + offset + head
+
+
+def head_contributions(taps: dict[str, Any], block: Any, z: Tensor) -> Tensor:
+    """What each head adds to the stream, without biases: z `[row, position, feature]` -> `[row, head, position, d_model]`.
+
+    Behind a post-attention norm, a head's part is its share of the norm's output at the norm's scale in this run.
+    """
+    module = at(block, taps["o"])
+    by_head = output_matrix(module, features(taps, "z").to(z.device))
+    heads = torch.einsum("rphd,hdm->rhpm", z.unflatten(2, (taps["n_heads"], -1)), by_head)
+    if taps["post_attn"]:
+        whole = heads.sum(1) + (0 if module.bias is None else module.bias)
+        scale, weight = norm_parts(at(block, taps["post_attn"]), whole)
+        heads = heads * (scale * weight).unsqueeze(1)
+    return heads
+
+
+class Edges:
+    """Contributions seen so far in one forward pass, and the reads that they change."""
+
+    def __init__(self, taps: dict[str, Any], spec: dict[str, Any], start: int) -> None:
+        self.taps, self.spec, self.mode = taps, spec, spec["mode"]
+        self.hidden: Tensor | None = None  # what enters the current block `[row, position, d_model]`
+        self.mid: Tensor | None = None  # what the current MLP's norm reads
+        self.parts: list[Tensor] = []  # "cut": contributions `[row, sender, position, d_model]` in order of senders
+        self.deltas: dict[int, Tensor] = {}  # "patch": sender -> source − base `[stream, position, d_model]`
+        if self.mode == "patch":
+            table = spec["table"].long()
+            self.table = table
+            self.streams, self.stream_of = torch.unique(table[:, 1:3], dim=0, return_inverse=True)
+            self.needed = set(table[:, FIELDS.index("sender")].tolist())
+            self.by_layer: dict[tuple[int, str], Tensor] = {}
+            keys = table[:, [FIELDS.index("layer"), FIELDS.index("kind")]]
+            for layer, kind in torch.unique(keys, dim=0).tolist():
+                chosen = (keys[:, 0] == layer) & (keys[:, 1] == kind)
+                self.by_layer[layer, RECEIVERS[kind]] = chosen.nonzero()[:, 0]
+
+    def wants(self, layer: int, kind: str) -> bool:
+        """Whether any receiver of this kind at this layer is changed."""
+        return self.mode == "cut" or (layer, kind) in self.by_layer
+
+    def at_tap(self, layer: int, kinds: tuple[str, ...]) -> bool:
+        """Whether a tap must be stopped at, to record a sender or to change a read."""
+        if "mlp_in" in kinds or "resid_mid" in kinds:
+            return self.wants(layer, "mlp")
+        if "z" in kinds or "mlp_out" in kinds:
+            return True
+        return any(kind in ("q", "k", "v") and self.wants(layer, kind) for kind in kinds)
+
+    def pass_tap(self, layer: int, kinds: tuple[str, ...], block: Any, x: Tensor) -> Tensor:
+        """At a tap: record what is written there, or change what is read."""
+        if "z" in kinds:
+            self.record(layer, "heads", x, block)
+        elif "mlp_out" in kinds:
+            self.record(layer, "mlp", x)
+        for kind in kinds:
+            if kind in ("q", "k", "v"):
+                x = self.project(layer, kind, block, x)
+        return x
+
+    def record(self, layer: int, what: str, x: Tensor, block: Any = None) -> None:
+        """Keep what a sender writes: "embed", "heads" (x is z) or "mlp"."""
+        taps = self.taps
+        first = sender_index(taps, layer, 0 if what == "heads" else None)
+        if self.mode == "patch":
+            count = taps["n_heads"] if what == "heads" else 1
+            if not self.needed.intersection(range(first, first + count)):
+                return
+            base, source = (self.streams[:, side].to(x.device) for side in (0, 1))
+            rows = torch.cat([x[base], x[source]])
+            parts = head_contributions(taps, block, rows) if what == "heads" else rows.unsqueeze(1)
+            half = len(base)
+            for offset in range(count):
+                if first + offset in self.needed:
+                    self.deltas[first + offset] = parts[half:, offset] - parts[:half, offset]
+            return
+        parts = head_contributions(taps, block, x) if what == "heads" else x.unsqueeze(1)
+        self.parts.append(parts)
+
+    # ---- reads -------------------------------------------------------------------------------------------------
+
+    def changes(self, layer: int, kind: str, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """ "patch": (rows, heads, columns, Δ `[read, position, d_model]`) of every changed read of a kind at a layer."""
+        chosen = self.by_layer[layer, kind]
+        table, streams = self.table[chosen], self.stream_of[chosen]
+        place = {name: index for index, name in enumerate(FIELDS)}
+        reads, of = torch.unique(table[:, [place["row"], place["head"]]], dim=0, return_inverse=True)
+        delta = like.new_zeros(len(reads), *like.shape[1:])
+        columns = torch.full((len(reads),), -1)
+        for entry, read, stream in zip(table.tolist(), of.tolist(), streams.tolist(), strict=True):
+            part = self.deltas[entry[place["sender"]]][stream].to(like.device)
+            column = entry[place["column"]]
+            if column < 0:
+                delta[read] += part
+            else:
+                delta[read, column] += part[column]
+            columns[read] = column
+        return reads[:, 0].to(like.device), reads[:, 1], columns, delta
+
+    def cut_change(self, layer: int, kind: str, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """ "cut": (rows, Δ `[row, read, position, d_model]`) of the reads of a kind at a layer."""
+        spec = self.spec
+        rows = spec["rows"].to(like.device)
+        own = torch.cat([part[rows] for part in self.parts], dim=1)
+        first = receiver_index(self.taps, layer, kind)
+        mask = spec["mask"][:, first : first + count, : own.shape[1]].to(like.device, like.dtype)
+        if isinstance(spec["reference"], Tensor):
+            other = spec["reference"][None, : own.shape[1]].to(like.device, like.dtype)
+            change = other - own
+        elif spec["reference"] == "zero":
+            change = -own
+        else:
+            source = spec["source"].to(like.device)
+            change = torch.cat([part[source] for part in self.parts], dim=1) - own
+        return rows, torch.einsum("rks,rspm->rkpm", mask, change)
+
+    def project(self, layer: int, kind: str, block: Any, x: Tensor) -> Tensor:
+        """Write the changed reads of q, k or v into their projection's output `[row, position, feature]`."""
+        if not self.wants(layer, kind):
+            return x
+        assert self.hidden is not None
+        taps = self.taps
+        module = at(block, taps["qkv"]["qkv".index(kind)])
+        index = features(taps, kind).to(x.device)
+        x = x.clone()
+        if self.mode == "patch":
+            rows, heads, columns, delta = self.changes(layer, kind, self.hidden)
+            read = self.hidden[rows] + delta
+            new = module(at(block, taps["norm1"])(read) if taps["norm1"] else read)
+            for number, (row, head, column) in enumerate(
+                zip(rows.tolist(), heads.tolist(), columns.tolist(), strict=True)
+            ):
+                where = slice(None) if column < 0 else slice(column, column + 1)
+                x[row, where, index[head]] = new[number, where, index[head]]
+            return x
+        count = len(index)
+        rows, delta = self.cut_change(layer, kind, count, self.hidden)
+        read = self.hidden[rows].unsqueeze(1) + delta
+        normed = at(block, taps["norm1"])(read) if taps["norm1"] else read
+        x[rows[:, None, None], torch.arange(x.shape[1])[None, :, None], index.flatten()[None, None]] = (
+            project_heads(module, normed, index).transpose(1, 2).flatten(2)
+        )
+        return x
+
+    def mlp_input(self, layer: int, block: Any, x: Tensor) -> Tensor:
+        """Write the changed reads of MLPs into what the MLP receives (behind its norm)."""
+        if not self.wants(layer, "mlp"):
+            return x
+        taps = self.taps
+        stream = self.hidden if taps["parallel"] else self.mid
+        assert stream is not None
+        norm = at(block, taps["norm2"]) if taps["norm2"] else None
+        x = x.clone()
+        if self.mode == "patch":
+            rows, _, columns, delta = self.changes(layer, "mlp", stream)
+        else:
+            rows, change = self.cut_change(layer, "mlp", 1, stream)
+            columns, delta = torch.full((len(rows),), -1), change[:, 0]
+        read = stream[rows] + delta
+        new = norm(read) if norm is not None else read
+        for number, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+            where = slice(None) if column < 0 else slice(column, column + 1)
+            x[row, where] = new[number, where]
+        return x
+
+    def final(self, x: Tensor) -> Tensor:
+        """Write the changed reads of the logits into the final residual stream."""
+        end = self.taps["n_layers"]
+        if not self.wants(end, "logits"):
+            return x
+        x = x.clone()
+        if self.mode == "patch":
+            rows, _, _, delta = self.changes(end, "logits", x)
+        else:
+            rows, change = self.cut_change(end, "logits", 1, x)
+            delta = change[:, 0]
+        x[rows] = x[rows] + delta
+        return x
