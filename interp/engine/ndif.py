@@ -85,10 +85,8 @@ class Ndif(Shipped):
 
     def explain(self, error: Exception, function: Callable[..., Any]) -> BackendError:
         where = self.host or nnsight.CONFIG.API.HOST
-        if isinstance(error, RemoteError) and "Traceback" in str(error):
-            return failure(str(error), function, f"the server at {where}")
         if isinstance(error, RemoteError):
-            return BackendError(f"the server at {where} refused the request: {error}")
+            return failure(str(error), function, f"the server at {where}")
         return BackendError(
             f"no connection to the NDIF server at {where} ({type(error).__name__}: {error}); is it running, is "
             "the address right, and, for the public one, is NDIF_API_KEY set?"

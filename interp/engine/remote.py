@@ -102,6 +102,7 @@ class Shipped:
         return self._call(model, function, args)
 
     def _call(self, model: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        nnsight.register(__name__.split(".")[0])
         for item in (function, *args):
             if callable(item):
                 by_source(item)
@@ -111,7 +112,9 @@ class Shipped:
         result = None
         try:
             with nn.session(backend=transport):
-                result = nnsight.save(function(nn, *arguments))
+                # A server that holds half-precision weights casts fp32 products down, which a run here does not.
+                with torch.autocast("cuda", enabled=False):
+                    result = nnsight.save(function(nn, *arguments))
         except InterpError:
             raise
         except Exception as error:
@@ -155,7 +158,7 @@ def failure(text: str, function: Callable[..., Any], where: str) -> BackendError
     """The error for a traceback text from the other side."""
     last = next((line for line in reversed(text.strip().splitlines()) if line.strip()), "no reason given")
     hint = ""
-    if "ModuleNotFoundError" in last:
+    if "No module named" in last:
         hint = (
             "; a server has torch, numpy, transformers and nnsight: use these alone, or have your own module "
             "travel with nnsight.register('its_name')"

@@ -70,6 +70,7 @@ def execute(model: Any, settings: tuple[int, str], blob: bytes) -> bytes:
     import torch
     import zstandard
     from nnsight.schema.request import RequestModel
+    from nnsight.tracing.globals import BLOCKS, SOURCES
     from nnsight.tracing.tracer import dec, inc
 
     torch.set_num_threads(settings[0])
@@ -82,6 +83,8 @@ def execute(model: Any, settings: tuple[int, str], blob: bytes) -> bytes:
     finally:
         dec()
         model.interleaver.cancel()
+        SOURCES.clear()  # nnsight keeps them by file and line; the next request may have another block there
+        BLOCKS.clear()
     after = tracer.info.frame.f_locals
     saved = {name: value for name, value in after.items() if name not in before or before[name] is not value}
     assert HIDDEN not in sys.modules, f"{HIDDEN} was imported in the worker"
