@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import PlanError
-from .sites import KINDS, Site
+from .sites import TABLE_KINDS, Site
 
 OPS = ("replace", "set", "add", "scale")
 #: Columns of the table of edits. -1 stands for "all" (column, head, unit) or "none" (source, value).
@@ -44,6 +44,40 @@ class Edit:
             raise PlanError("the logits are what the metric reads; patch 'resid_post' of the last layer instead")
 
 
+@dataclass(frozen=True)
+class Edge:
+    """One changed read: the receiver reads the source run's contribution of the sender instead of the base run's.
+
+    Senders: `embed`, a head (`L1.H2`), an MLP (`L1.mlp`). Receivers: `L3.H2.q`, `L3.H1.k`, `L3.H1.v` (k and v by key/value
+    head), `L3.mlp`, `logits`. A position on either (`L1.H2@4`) limits the change to that position.
+
+    Raises:
+        PlanError: a site that cannot send or receive, or a receiver that is not downstream of the sender.
+    """
+
+    sender: Site
+    receiver: Site
+
+    def __post_init__(self) -> None:
+        if self.sender.kind not in ("embed", "head_out", "mlp_out") or self.sender.unit is not None:
+            raise PlanError(f"{self.sender} cannot send; senders are 'embed', heads ('L1.H2') and MLPs ('L1.mlp')")
+        if self.receiver.kind not in ("q", "k", "v", "mlp_out", "logits"):
+            raise PlanError(
+                f"{self.receiver} cannot receive; receivers are 'L3.H2.q', 'L3.H1.k', 'L3.H1.v', 'L3.mlp', 'logits'"
+            )
+        for site in (self.sender, self.receiver):
+            if site.kind in ("head_out", "q", "k", "v") and site.head is None:
+                raise PlanError(f"{site} names no head; write e.g. 'L{site.layer}.H0'")
+
+    def exists(self, parallel: bool) -> bool:
+        """Whether the receiver reads the sender; in parallel blocks an MLP does not read the heads of its own layer."""
+        if self.sender.kind == "embed" or self.receiver.kind == "logits":
+            return True
+        start, end = self.sender.layer or 0, self.receiver.layer or 0
+        same = self.sender.kind == "head_out" and self.receiver.kind == "mlp_out" and not parallel
+        return start < end or (start == end and same)
+
+
 def group_edits(table: Tensor) -> dict[tuple[int, str], list[dict[str, Any]]]:
     """Split a table `[edit, field]` into batches that one indexed assignment can do: {(layer, kind): [group, …]}.
 
@@ -60,7 +94,7 @@ def group_edits(table: Tensor) -> dict[tuple[int, str], list[dict[str, Any]]]:
         rows = table[inverse == index].long()
         group: dict[str, Any] = {name: rows[:, position] for name, position in place.items()}
         group.update(op=OPS[op], everywhere=bool(everywhere), no_head=bool(no_head), no_unit=bool(no_unit))
-        groups.setdefault((layer, KINDS[kind]), []).append(group)
+        groups.setdefault((layer, TABLE_KINDS[kind]), []).append(group)
     return groups
 
 

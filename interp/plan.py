@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from .edits import Edit
+from .edits import Edge, Edit
 from .errors import PlanError, SiteError
 from .pairs import EncodedPairs
 from .sites import HEAD_KINDS, KINDS, KV_KINDS, UNIT_KINDS, Site
@@ -23,6 +23,8 @@ class SiteFacts(Protocol):
 
     n_layers: int
 
+    @property
+    def parallel(self) -> bool: ...
     def heads_of(self, kind: str) -> int: ...
     def units_of(self, kind: str) -> int: ...
     def require(self, site: Site) -> Site: ...
@@ -55,7 +57,10 @@ class Cell:
     """One entry of a result: its index along the plan's dims, and the edits that are made together for it."""
 
     index: tuple[int, ...]
-    edits: tuple[tuple[Edit, Place], ...]
+    edits: tuple[tuple[Edit, Place], ...] = ()
+    edges: tuple[Edge, ...] = ()
+    #: edges whose difference also passes through the MLPs between sender and receiver
+    through_mlps: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,10 @@ class Plan:
     named: tuple[tuple[str, tuple[int, ...]], ...] = ()
     members: tuple[tuple[str, tuple[Edit, ...]], ...] = ()
     edit: Edit | None = None  # template of the operation; None = replace by the source run
+    senders: tuple[str, ...] = ()
+    receivers: tuple[str, ...] = ()
+    together: bool = False
+    through_mlps: bool = False
 
     def with_edit(self, op: str, value: Any = None) -> Plan:
         """The same cells with another operation in every edit."""
@@ -95,6 +104,10 @@ class Plan:
             "named": {name: list(at) for name, at in self.named},
             "members": {name: [f"{edit.op} {edit.site}" for edit in edits] for name, edits in self.members},
             "edit": None if self.edit is None else self.edit.op,
+            "senders": list(self.senders),
+            "receivers": list(self.receivers),
+            "together": self.together,
+            "through_mlps": self.through_mlps,
         }
 
     def resolve(self, model: SiteFacts, encoded: EncodedPairs) -> Resolved:
@@ -107,6 +120,8 @@ class Plan:
         """
         if self.axis == "set":
             return self._resolve_sets(model, encoded)
+        if self.axis == "path":
+            return self._resolve_paths(model, encoded)
         layers = tuple(range(model.n_layers)) if self.layers is None else self.layers
         layerless = [kind for kind in self.components if kind == "embed"]
         layers = tuple(
@@ -159,6 +174,28 @@ class Plan:
         if any(edit.op == "replace" or place.at for cell in cells for edit, place in cell.edits):
             encoded.require_aligned("a plan over positions")
         return self._checked(Resolved((("component", self.components),), tuple(cells), self.spec()))
+
+    def _resolve_paths(self, model: SiteFacts, encoded: EncodedPairs) -> Resolved:
+        encoded.require_aligned("path patching")
+        sides = [tuple(model.require(Site.parse(name)) for name in side) for side in (self.senders, self.receivers)]
+        lengths = [len(prompt) for prompt in encoded.clean]
+        for site in (*sides[0], *sides[1]):
+            if site.position is not None and not all(-n <= site.position < n for n in lengths):
+                raise SiteError(f"{site.node}: position {site.position}, but the shortest prompt has {min(lengths)} tokens")
+        cells = []
+        for i, sender in enumerate(sides[0]):
+            for j, receiver in enumerate(sides[1]):
+                edge = Edge(sender, receiver)
+                if edge.exists(model.parallel):
+                    cells.append(Cell((i, j), edges=(edge,), through_mlps=self.through_mlps))
+        dims: tuple[tuple[str, tuple[Any, ...]], ...] = (("sender", self.senders), ("receiver", self.receivers))
+        if not cells:
+            raise PlanError(f"no receiver of {list(self.receivers)} is downstream of any sender of {list(self.senders)}")
+        if self.together:
+            edges = tuple(edge for cell in cells for edge in cell.edges)
+            dims = (("sender", ("+".join(self.senders),)), ("receiver", ("+".join(self.receivers),)))
+            cells = [Cell((0, 0), edges=edges, through_mlps=self.through_mlps)]
+        return self._checked(Resolved(dims, tuple(cells), self.spec()))
 
     def _edit(self, site: Site) -> Edit:
         return Edit(site) if self.edit is None else replace(self.edit, site=site)
@@ -300,3 +337,17 @@ def sets(members: Mapping[str, Sequence[Any]]) -> Plan:
             raise PlanError(f"set {name!r} is empty")
         made.append((str(name), edits))
     return Plan(tuple(name for name, _ in made), "set", members=tuple(made))
+
+
+def paths(
+    senders: Sequence[str | Site] | str, receivers: Sequence[str | Site] | str, *, together: bool = False,
+    through_mlps: bool = False,
+) -> Plan:
+    """One cell for each sender → receiver edge (dims sender, receiver); `together` makes all edges one cell."""
+    sides = []
+    for side, what in ((senders, "senders"), (receivers, "receivers")):
+        names = (side,) if isinstance(side, str | Site) else tuple(side)
+        if not names:
+            raise PlanError(f"paths was given no {what}")
+        sides.append(tuple(Site.parse(name).node for name in names))
+    return Plan((), "path", senders=sides[0], receivers=sides[1], together=together, through_mlps=through_mlps)

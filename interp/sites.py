@@ -15,6 +15,8 @@ KINDS = (
     "embed", "resid_pre", "q", "k", "v", "q_rot", "k_rot", "pattern", "z", "head_out", "attn_out",
     "resid_mid", "mlp_pre", "neuron", "mlp_out", "resid_post", "logits",
 )  # fmt: skip
+#: Kinds in tables that travel: also what an MLP receives behind its norm, which only paths and circuits write.
+TABLE_KINDS = (*KINDS, "mlp_in")
 #: Kinds whose activation has a head axis; k, v and k_rot are counted by key/value head.
 HEAD_KINDS = ("q", "k", "v", "q_rot", "k_rot", "pattern", "z", "head_out")
 KV_KINDS = ("k", "v", "k_rot")

@@ -6,8 +6,8 @@ its norm and its slice of the projection are recomputed from that, and nothing e
 only: these functions also travel to a remote server.
 
 A program's `edges` is a dictionary with `mode`:
-    "patch"   `table [edge, field]` (FIELDS): in row `row`, the receiver reads the source run's contribution of `sender`
-              instead of the base run's
+    "patch"   `table [edge, field]` (FIELDS): in row `row`, the receiver reads what it reads in the base run, with the
+              source run's contribution of `sender` instead of the base run's
     "cut"     `rows`, `mask [row, receiver, sender]` (True = cut), `reference`: every receiver of these rows reads, for cut
               edges, the reference's contribution instead of this run's own. `reference` is "source" (row `source [row]`),
               "zero", or constants `[sender, position or 1, d_model]`
@@ -23,7 +23,8 @@ from torch import Tensor
 from ..models.views import at, features, norm_parts, output_matrix, project_heads
 
 FIELDS = ("row", "base", "source", "sender", "layer", "kind", "head", "column")
-RECEIVERS = ("q", "k", "v", "mlp", "logits")
+#: The last three add the difference to the stream itself, where the sender writes it: everything downstream sees it.
+RECEIVERS = ("q", "k", "v", "mlp", "logits", "attn_out", "mlp_out", "embed")
 
 
 def sender_index(taps: dict[str, Any], layer: int, head: int | None) -> int:
@@ -79,7 +80,9 @@ class Edges:
 
     def wants(self, layer: int, kind: str) -> bool:
         """Whether any receiver of this kind at this layer is changed."""
-        return self.mode == "cut" or (layer, kind) in self.by_layer
+        if self.mode == "cut":
+            return kind in ("q", "k", "v", "mlp", "logits")
+        return (layer, kind) in self.by_layer
 
     def at_tap(self, layer: int, kinds: tuple[str, ...]) -> bool:
         """Whether a tap must be stopped at, to record a sender or to change a read."""
@@ -87,7 +90,7 @@ class Edges:
             return self.wants(layer, "mlp")
         if "z" in kinds or "mlp_out" in kinds:
             return True
-        return any(kind in ("q", "k", "v") and self.wants(layer, kind) for kind in kinds)
+        return any(kind in ("q", "k", "v", "attn_out") and self.wants(layer, kind) for kind in kinds)
 
     def pass_tap(self, layer: int, kinds: tuple[str, ...], block: Any, x: Tensor) -> Tensor:
         """At a tap: record what is written there, or change what is read."""
@@ -98,6 +101,17 @@ class Edges:
         for kind in kinds:
             if kind in ("q", "k", "v"):
                 x = self.project(layer, kind, block, x)
+            elif kind in ("attn_out", "mlp_out"):
+                x = self.add(layer, kind, x)
+        return x
+
+    def add(self, layer: int, kind: str, x: Tensor) -> Tensor:
+        """Add changes to what is written to the stream `[row, position, d_model]`."""
+        if not self.wants(layer, kind):
+            return x
+        rows, _, _, _, delta = self.changes(layer, kind, x)
+        x = x.clone()
+        x[rows] = x[rows] + delta
         return x
 
     def record(self, layer: int, what: str, x: Tensor, block: Any = None) -> None:
@@ -121,12 +135,13 @@ class Edges:
 
     # ---- reads -------------------------------------------------------------------------------------------------
 
-    def changes(self, layer: int, kind: str, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ "patch": (rows, heads, columns, Δ `[read, position, d_model]`) of every changed read of a kind at a layer."""
+    def changes(self, layer: int, kind: str, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """ "patch": (rows, base rows, heads, columns, Δ `[read, position, d_model]`) of the changed reads at a layer."""
         chosen = self.by_layer[layer, kind]
         table, streams = self.table[chosen], self.stream_of[chosen]
         place = {name: index for index, name in enumerate(FIELDS)}
-        reads, of = torch.unique(table[:, [place["row"], place["head"]]], dim=0, return_inverse=True)
+        fields = [place["row"], place["base"], place["head"]]
+        reads, of = torch.unique(table[:, fields], dim=0, return_inverse=True)
         delta = like.new_zeros(len(reads), *like.shape[1:])
         columns = torch.full((len(reads),), -1)
         for entry, read, stream in zip(table.tolist(), of.tolist(), streams.tolist(), strict=True):
@@ -137,7 +152,7 @@ class Edges:
             else:
                 delta[read, column] += part[column]
             columns[read] = column
-        return reads[:, 0].to(like.device), reads[:, 1], columns, delta
+        return reads[:, 0].to(like.device), reads[:, 1].to(like.device), reads[:, 2], columns, delta
 
     def cut_change(self, layer: int, kind: str, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """ "cut": (rows, Δ `[row, read, position, d_model]`) of the reads of a kind at a layer."""
@@ -166,8 +181,8 @@ class Edges:
         index = features(taps, kind).to(x.device)
         x = x.clone()
         if self.mode == "patch":
-            rows, heads, columns, delta = self.changes(layer, kind, self.hidden)
-            read = self.hidden[rows] + delta
+            rows, base, heads, columns, delta = self.changes(layer, kind, self.hidden)
+            read = self.hidden[base] + delta
             new = module(at(block, taps["norm1"])(read) if taps["norm1"] else read)
             for number, (row, head, column) in enumerate(
                 zip(rows.tolist(), heads.tolist(), columns.tolist(), strict=True)
@@ -194,11 +209,11 @@ class Edges:
         norm = at(block, taps["norm2"]) if taps["norm2"] else None
         x = x.clone()
         if self.mode == "patch":
-            rows, _, columns, delta = self.changes(layer, "mlp", stream)
+            rows, base, _, columns, delta = self.changes(layer, "mlp", stream)
         else:
             rows, change = self.cut_change(layer, "mlp", 1, stream)
-            columns, delta = torch.full((len(rows),), -1), change[:, 0]
-        read = stream[rows] + delta
+            base, columns, delta = rows, torch.full((len(rows),), -1), change[:, 0]
+        read = stream[base] + delta
         new = norm(read) if norm is not None else read
         for number, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
             where = slice(None) if column < 0 else slice(column, column + 1)
@@ -212,9 +227,9 @@ class Edges:
             return x
         x = x.clone()
         if self.mode == "patch":
-            rows, _, _, delta = self.changes(end, "logits", x)
+            rows, base, _, _, delta = self.changes(end, "logits", x)
         else:
             rows, change = self.cut_change(end, "logits", 1, x)
-            delta = change[:, 0]
-        x[rows] = x[rows] + delta
+            base, delta = rows, change[:, 0]
+        x[rows] = x[base] + delta
         return x

@@ -30,8 +30,8 @@ class Watch:
         """No message for a moment. Raises BackendError past the deadline."""
         if time.monotonic() > self.deadline:
             raise BackendError(
-                f"no result within {self.timeout:.0f} s, the job was last {self.status}: the server may be full, "
-                "or was restarted and lost it; run again, or set model.backend.timeout to more seconds"
+                f"no result within {self.timeout:.0f} s, the job was last {self.status}: the server may be "
+                "full, or was restarted and lost it; run again, or set model.backend.timeout to more seconds"
             )
 
 
@@ -88,6 +88,6 @@ class Ndif(Shipped):
         if isinstance(error, RemoteError):
             return failure(str(error), function, f"the server at {where}")
         return BackendError(
-            f"no connection to the NDIF server at {where} ({type(error).__name__}: {error}); is it running, is "
-            "the address right, and, for the public one, is NDIF_API_KEY set?"
+            f"no connection to the NDIF server at {where} ({type(error).__name__}: {error}); is it running, "
+            "is the address right, and, for the public one, is NDIF_API_KEY set?"
         )

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..edits import FIELDS, OPS
 from ..models.model import Model
-from ..sites import KINDS
+from ..sites import TABLE_KINDS
 from .schedule import inputs_of
 from .trace import execute
 
 
 def entry(layer: int, kind: str, op: str, row: int, **where: int) -> tuple[int, ...]:
     """One row of the table of edits; `where` fills source, column, source_column, head, unit, value (-1 = all or none)."""
-    return (layer, KINDS.index(kind), OPS.index(op), row, *(where.get(name, -1) for name in FIELDS[4:]))
+    return (layer, TABLE_KINDS.index(kind), OPS.index(op), row, *(where.get(name, -1) for name in FIELDS[4:]))
 
 
 def read_program(

@@ -18,7 +18,7 @@ from ..errors import BackendError, InterpError
 from ..metrics import Metric
 from .trace import scores
 
-#: What one request may hold, in tokens, with OVERHEAD for every forward pass: progress is reported by request.
+#: Tokens that one request may hold, with OVERHEAD for every forward pass: progress is reported by request.
 REQUEST = 8192
 OVERHEAD = 60
 #: Packages that a server has; a function of any other one travels by its source.
@@ -55,33 +55,38 @@ def by_source(function: Any) -> None:
         nnsight.register(root)
 
 
-def requests(programs: Sequence[dict[str, Any]], limit: int = REQUEST) -> list[list[int]]:
+def requests(programs: Sequence[dict[str, Any]], limit: int) -> list[list[int]]:
     """Which programs go into each request, by number.
 
-    A program that uses a prepared run is in one request with it: the prepared run is done again where a request
-    ends between the programs that use it.
+    A program that uses a prepared run is in one request with it: the prepared run is done again where a
+    request ends between the programs that use it.
     """
+    sizes = [
+        len(program["scored"]) * program["inputs"]["input_ids"].shape[1] + OVERHEAD for program in programs
+    ]
     made: list[list[int]] = [[]]
-    full, ready = 0, -1
+    ready = -1
     for number, program in enumerate(programs):
-        size = len(program["scored"]) * program["inputs"]["input_ids"].shape[1] + OVERHEAD
-        if made[-1] and full + size > limit and made[-1] != [ready]:
+        full = sum(sizes[member] for member in made[-1]) + sizes[number] > limit
+        if full and made[-1] and made[-1] != [ready]:
             made.append([ready] if "use" in program else [])
-            full = 0
         made[-1].append(number)
-        full += size
         if program.get("keep") is not None:
             ready = number
     return [group for group in made if group]
 
 
 class Shipped:
-    """What both have in common. `sent` and `received`: bytes of all requests of the last run or call."""
+    """What both have in common.
+
+    `sent` and `received` are the bytes of all `requests` of the last run or call; `timeout` the seconds that one
+    may take, `limit` the tokens that one may hold.
+    """
 
     weights_here = True
 
     def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
+        self.timeout, self.limit = timeout, REQUEST
         self.sent = self.received = self.requests = 0
 
     def transport(self, model: Any) -> Transport:
@@ -111,8 +116,8 @@ class Shipped:
         self.requests += 1
         result = None
         try:
-            with nn.session(backend=transport):
-                # A server that holds half-precision weights casts fp32 products down, which a run here does not.
+            with nn.session(backend=transport):  # noqa: SIM117 -- what follows is shipped
+                # Servers with half-precision weights cast fp32 products down, which a run here does not.
                 with torch.autocast("cuda", enabled=False):
                     result = nnsight.save(function(nn, *arguments))
         except InterpError:
@@ -131,7 +136,7 @@ class Shipped:
         """Run programs in as few requests as let progress be seen; only their metrics come back."""
         self.sent = self.received = self.requests = 0
         finished = 0
-        for group in requests(programs):
+        for group in requests(programs, self.limit):
             part = [programs[number] for number in group]
             found = self._call(model, scores, (model.taps, part, metric))
             each = found.split([len(program["scored"]) for program in part])
@@ -149,8 +154,9 @@ def serialise(tracer: Any) -> bytes:
         return RequestModel.serialize(tracer, compress=True)
     except Exception as error:
         raise BackendError(
-            f"this cannot be sent to a server: {type(error).__name__}: {error}. A metric must be a plain function "
-            "of (logits, batch) that uses torch alone and holds no lock, file, model or other object of this process"
+            f"this cannot be sent to a server: {type(error).__name__}: {error}. A metric must be a plain "
+            "function of (logits, batch) that uses torch alone and holds no lock, file, model or other object of "
+            "this process"
         ) from error
 
 

@@ -22,8 +22,9 @@ import torch
 from ..edits import FIELDS, OPS, Edit
 from ..errors import PlanError
 from ..pairs import EncodedPairs
-from ..plan import EVERYWHERE, Resolved
-from ..sites import KINDS
+from ..plan import EVERYWHERE, Cell, Resolved
+from ..sites import TABLE_KINDS, Site
+from . import edges
 
 SCHEDULES = ("naive", "rows", "growing", "prefix")
 #: What one more forward pass costs beside its rows, in tokens: Python, nnsight, weights read from memory.
@@ -33,13 +34,23 @@ REPLACE = OPS.index("replace")
 
 @dataclass(frozen=True)
 class Row:
-    """One patched run: a cell on a pair. `entries` are its edits with positions counted in the pair's own prompts."""
+    """One patched run: a cell on a pair.
+
+    `entries` are its edits (layer, kind, op, column, source column, head, unit, value, origin), positions counted in
+    the pair's own prompts; `edges` its changed reads (sender, layer, kind, head, column). An entry's origin is the run
+    that it takes its value from: SOURCE, BASE, or HELPER, another patched run of the same forward pass.
+    """
 
     pair: int
     cell: int
     stage: int
     first: int  # first position that must be run, counted from the END of the prompt (negative)
-    entries: tuple[tuple[Any, ...], ...]
+    entries: tuple[tuple[int, ...], ...]
+    edges: tuple[tuple[int, ...], ...] = ()
+    helper: Row | None = None
+
+
+SOURCE, BASE, HELPER = range(3)
 
 
 @dataclass(frozen=True)
@@ -171,18 +182,77 @@ def make_rows(resolved: Resolved, context: Context, prune: bool) -> tuple[list[R
                     columns = [(to, of) for to, of in zip(*columns, strict=True) if to >= known]
                     first = min([first, *(min(to - base, of - source) for to, of in columns)])
                     columns = tuple(zip(*columns, strict=True)) or ((), ())
-                common = (layer, KINDS.index(site.kind), OPS.index(edit.op))
+                common = (layer, TABLE_KINDS.index(site.kind), OPS.index(edit.op))
                 tail = (-1 if site.head is None else site.head, -1 if site.unit is None else site.unit)
                 value = context.value_index(edit)
-                entries += [(*common, to, of, *tail, value) for to, of in zip(*columns, strict=True)]
+                entries += [(*common, to, of, *tail, value, SOURCE) for to, of in zip(*columns, strict=True)]
                 stage = min(stage, stage_of(layer, site.kind))
             if not exists:
                 continue
-            if prune and (first > answer or not entries):
+            if cell.edges:
+                start = (differs[pair] if differs is not None else 0) - base
+                plain = Row(pair, number, stage, first, tuple(entries))
+                row = edge_row(cell, number, pair, start, base, context.taps, plain)
+                if row.entries or row.edges:
+                    rows.append(row)
+                else:
+                    untouched.append((number, pair))
+            elif prune and (first > answer or not entries):
                 untouched.append((number, pair))
             else:
                 rows.append(Row(pair, number, stage, first, tuple(entries)))
     return rows, untouched
+
+
+def edge_row(cell: Cell, number: int, pair: int, start: int, length: int, taps: dict[str, Any], plain: Row) -> Row:
+    """The row of a cell with edges (beside its plain edits): changed reads, or a helper run that MLPs pass changes through.
+
+    With `through_mlps`, the helper carries the senders' differences in its stream while all attention is held at the base
+    run's; receivers take what they read from the helper (Wang et al. 2022).
+    """
+    changed, entries, stages = [], list(plain.entries), [plain.stage]
+    sent: dict[Site, tuple[int, ...]] = {}
+    held: list[tuple[int, ...]] = []
+    lowest: int = taps["n_layers"]
+    for edge in cell.edges:
+        sender, receiver = edge.sender, edge.receiver
+        layer = -1 if sender.layer is None else sender.layer
+        index = edges.sender_index(taps, layer, sender.head)
+        columns = [None if site.position is None else site.position % length for site in (sender, receiver)]
+        places = {column for column in columns if column is not None}
+        end = taps["n_layers"] if receiver.kind == "logits" else receiver.layer or 0
+        if not cell.through_mlps:
+            if len(places) == 2:
+                continue  # a sender at one position writes nothing that another position reads directly
+            kind = edges.RECEIVERS.index("mlp" if receiver.kind == "mlp_out" else receiver.kind)
+            changed.append((index, end, kind, receiver.head or 0, places.pop() if places else -1))
+            stages.append(end)
+            continue
+        at = -1 if columns[0] is None else columns[0]
+        lowest = min(lowest, layer)
+        if sender.kind == "mlp_out":  # its output is the source run's, whatever reaches it
+            held.append((layer, TABLE_KINDS.index("mlp_out"), REPLACE, at, at, -1, -1, -1, SOURCE))
+        else:
+            how = edges.RECEIVERS.index("embed" if sender.kind == "embed" else "attn_out")
+            sent[sender] = (index, layer, how, 0, at)
+        name = {"mlp_out": "mlp_in", "logits": "resid_post"}.get(receiver.kind, receiver.kind)
+        column = -1 if columns[1] is None else columns[1]
+        head = -1 if receiver.head is None else receiver.head
+        level = end - 1 if receiver.kind == "logits" else end
+        read = (level, TABLE_KINDS.index(name), REPLACE, column, column, head, -1, -1, HELPER)
+        if read not in entries:
+            entries.append(read)
+        stages.append(end)
+    first = min(start, plain.first)
+    if not cell.through_mlps:
+        return Row(pair, number, min(stages), first, tuple(entries), tuple(changed))
+    frozen = (*dict.fromkeys(held),) + tuple(
+        (layer, TABLE_KINDS.index("z"), REPLACE, -1, -1, -1, -1, -1, BASE) for layer in range(lowest + 1, taps["n_layers"])
+    )
+    helper = Row(pair, -1, max(0, lowest), first, frozen, tuple(sent.values()))
+    if all(edge.receiver.kind == "logits" for edge in cell.edges):
+        return Row(pair, number, helper.stage, first, (*plain.entries, *frozen), helper.edges)
+    return Row(pair, number, min(stages), first, tuple(entries), helper=helper)
 
 
 def compile_chunk(
@@ -200,29 +270,37 @@ def compile_chunk(
     runs = [(pair, side) for pair in pairs for side in ((False, True) if source is not None else (False,))]
     prompts = [source[pair] if side and source is not None else base[pair] for pair, side in runs]
     place = {run: index for index, run in enumerate(runs)}
-    rows = sorted(rows, key=lambda row: row.stage)
+    helpers = list(dict.fromkeys(row.helper for row in rows if row.helper is not None))
+    every = sorted([*helpers, *rows], key=lambda row: row.stage)
     grow = schedule in ("growing", "prefix")
-    early = [row for row in rows if not grow or row.stage < 0]
-    late = [row for row in rows if grow and row.stage >= 0]
+    early = [row for row in every if not grow or row.stage < 0]
+    late = [row for row in every if grow and row.stage >= 0]
     width = width or max(len(prompt) for prompt in prompts)
     prompts = prompts + [base[row.pair] for row in early]
-    table = []
+    table, changed = [], []
     ordered = early + late
-    for number, row in enumerate(ordered, start=len(runs)):
+    number_of = {row: number for number, row in enumerate(ordered, start=len(runs))}
+    for row in ordered:
+        number = number_of[row]
         shift = width - len(base[row.pair]) - start_column
         other = width - len(source[row.pair]) - start_column if source is not None else shift
-        origin = place.get((row.pair, True), -1)
-        for layer, kind, op, column, from_column, head, unit, value in row.entries:
-            columns = (-1, -1) if column < 0 else (column + shift, from_column + other)
+        streams = (place.get((row.pair, True), -1), place[row.pair, False])
+        for layer, kind, op, column, from_column, head, unit, value, origin in row.entries:
+            taken = number_of[row.helper] if origin == HELPER else streams[origin]
+            columns = (-1, -1) if column < 0 else (column + shift, from_column + (other if origin == SOURCE else shift))
             if op != REPLACE:  # constants by position are looked up by the pair's own positions
                 columns = (columns[0], column)
-            table.append((layer, kind, op, number, origin, *columns, head, unit, value))
-    scored = list(range(len(runs) + len(ordered)))
-    owners = [pair for pair, _ in runs] + [row.pair for row in ordered]
+            table.append((layer, kind, op, number, taken, *columns, head, unit, value))
+        for sender, layer, kind, head, column in row.edges:
+            at_column = column + shift if column >= 0 else -1
+            changed.append((number, streams[BASE], streams[SOURCE], sender, layer, kind, head, at_column))
+    patched = [row for row in ordered if row.cell >= 0]
+    scored = [*range(len(runs)), *(number_of[row] for row in patched)]
+    owners = [pair for pair, _ in runs] + [row.pair for row in patched]
     at = [
         width - len(prompt) + context.answer_at(pair, side) - start_column
         for prompt, (pair, side) in zip(prompts, runs, strict=False)
-    ] + [width - len(base[row.pair]) + context.answer_at(row.pair, False) - start_column for row in ordered]
+    ] + [width - len(base[row.pair]) + context.answer_at(row.pair, False) - start_column for row in patched]
     noising = context.direction == "noising" or source is None
     clean = [place[pair, False] if noising else place[pair, True] for pair in owners]
     corrupted = [place[pair, True] if noising else place[pair, False] for pair in owners] if source is not None else None
@@ -243,7 +321,9 @@ def compile_chunk(
         "answers": token_sets(context.encoded.answers, owners),
         "distractors": token_sets(context.encoded.distractors, owners),
     }
-    return Chunk(program, pairs, tuple(ordered))
+    if changed:
+        program["edges"] = {"mode": "patch", "table": torch.tensor(changed, dtype=torch.int32)}
+    return Chunk(program, pairs, tuple(patched))
 
 
 def inputs_of(
@@ -334,6 +414,16 @@ def make_job(
     return job
 
 
+def first_layer(rows: Sequence[Row], taps: dict[str, Any]) -> int:
+    """The lowest layer that these rows need: that of their first edit, or of a sender whose contribution is used."""
+    layers = [taps["n_layers"] - 1]
+    for row in rows:
+        for part in (row, row.helper) if row.helper is not None else (row,):
+            layers.append(max(0, part.stage))
+            layers += [max(0, (sender - 1) // (taps["n_heads"] + 1)) for sender, *_ in part.edges]
+    return min(layers)
+
+
 def pack_pairs(order: Sequence[int], lengths: Sequence[int], streams: int, budget: int) -> list[list[int]]:
     """Pairs of similar length whose unpatched runs fit one forward pass together."""
     blocks: list[list[int]] = []
@@ -371,17 +461,16 @@ def _add_block(job: Job, number: int, block: list[int], rows: list[Row], lengths
     unpatched = [pair for pair in block if all(row.pair != pair for row in rows)]
     worth = schedule in ("growing", "prefix") and (len(plans) > 1 or any(column for column, _ in plans))
     if not plans or unpatched or worth:
-        needed = sorted({max(0, min(row.stage for row in chunk)) for _, chunk in plans} - {0}) if worth else []
+        needed = sorted({first_layer(chunk, context.taps) for _, chunk in plans} - {0}) if worth else []
         chunk = compile_chunk([], context, schedule, pairs=block, width=width)
         if worth:
-            prepare = {**chunk.program, "keep": [layer for layer in needed if layer < context.taps["n_layers"]]}
+            prepare = {**chunk.program, "keep": needed}
             prepare["cache"] = context.cache_class if any(column for column, _ in plans) else None
             job.prepare[number] = prepare
         if not worth or unpatched or not plans:
             _append(job, chunk, None)
     for column, members in plans:
-        first = max(0, min(row.stage for row in members)) if worth else 0
-        first = min(first, context.taps["n_layers"] - 1)
+        first = first_layer(members, context.taps) if worth else 0
         made = compile_chunk(members, context, schedule, column, width=width, first_layer=first)
         streams_of = [block.index(pair) * streams + side for pair in made.pairs for side in range(streams)]
         if first or column:

@@ -1,4 +1,4 @@
-"""`backend="simulated"`: requests are serialised as for NDIF and run by a process of this machine without `interp`."""
+"""`backend="simulated"`: requests are serialised as for NDIF and run by another process, without `interp`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Worker:
                 stderr=log,
                 cwd=self.folder.name,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for this process alone; it ends the worker where it waits for one
+                start_new_session=True,  # Ctrl-C is for this process, which ends the worker if it waits for it
             )
         self.answers: queue.Queue[tuple[str, Any]] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -60,7 +60,7 @@ class Worker:
         self.answers.put(("lost", None))
 
     def ask(self, kind: str, content: Any, timeout: float) -> tuple[bool, Any]:
-        """One question: (True, its answer), or (False, the traceback of its failure). Raises BackendError if lost."""
+        """One question: (True, its answer) or (False, the traceback of its failure); BackendError if lost."""
         assert self.process.stdin is not None
         try:
             script.write_frame(self.process.stdin, (kind, content))
@@ -68,22 +68,26 @@ class Worker:
         except queue.Empty:
             self.close()
             raise BackendError(
-                f"the worker process did not answer within {timeout:.0f} s and was ended; give it less at once "
-                "(max_tokens=), or more time (model.backend.timeout)"
+                f"the worker process did not answer within {timeout:.0f} s and was ended; give it less at "
+                "once (max_tokens=), or more time (model.backend.timeout)"
             ) from None
-        except OSError:
+        except (OSError, ValueError):  # a broken pipe, or one that was closed
             verdict, answer = "lost", None
         except BaseException:  # interrupted: this question's answer must not be taken for the next one's
             self.close()
             raise
         if verdict != "lost":
             return verdict == "ok", answer
-        code = self.process.wait(10)
-        said = self.log.read_text(errors="replace").strip()[-2000:]
+        said = ""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        with contextlib.suppress(OSError):
+            said = self.log.read_text(errors="replace").strip()[-2000:]
         self.close()
+        code = self.process.returncode
         why = "it was killed, most often for want of memory" if code < 0 else "it says why below"
         raise BackendError(
-            f"the worker process ended with status {code}: {why}. The next run starts a new one.\n{said}".strip()
+            f"the worker process ended with status {code}: {why}. The next run starts a new one.\n{said}"
         )
 
     @property
@@ -154,7 +158,7 @@ class Simulated(Shipped):
     """A lasting process on this machine with torch, transformers and nnsight stands for the server.
 
     Args:
-        source: the folder or hub id that the worker loads, or a HuggingFace module in memory, which is saved for it.
+        source: the folder or hub id that the worker loads, or a HuggingFace module, which is saved for it.
         timeout: seconds that one request may take.
     """
 
@@ -208,9 +212,10 @@ class Simulated(Shipped):
         if wrong or len(answer) != len(weights):
             worker.ask("drop", worker.loads, self.timeout)
             raise BackendError(
-                f"the worker's copy of {model.name} differs from the model here ({len(wrong)} parameters, first "
-                f"{(wrong or ['one that is missing here'])[0]!r}): the backend needs a model that save_pretrained and "
-                "from_pretrained restore; give load_model a module whose weights you changed, not its folder"
+                f"the worker's copy of {model.name} differs from the model here ({len(wrong)} parameters, "
+                f"first {(wrong or ['one that is missing here'])[0]!r}): the backend needs a model that "
+                "save_pretrained and from_pretrained restore; give load_model a module whose weights you "
+                "changed, not its folder"
             )
         worker.models[key] = worker.loads
         return worker.loads

@@ -103,6 +103,8 @@ def enter(run: Run, layer: int, block: Any) -> None:
         run.edges.record(-1, "embed", hidden)
     if len(joining):
         hidden = torch.cat([hidden, hidden[joining.to(hidden.device)]])
+    if run.edges is not None and layer == 0:
+        hidden = run.edges.add(-1, "embed", hidden)
     for site in sites:
         hidden = run.visit(*site, hidden, fresh=len(joining) > 0)
     if run.edges is not None:
@@ -233,9 +235,11 @@ def walk(model: Any, run: Run) -> None:
             elif kinds == ("pattern",):
                 edit_probabilities(run, layer, tap)
             elif "mlp_in" in kinds:
-                assert run.edges is not None
-                x = run.edges.mlp_input(layer, block, run.by_row(tap.input))
-                tap.input = x.flatten(0, 1) if tap.input.ndim == 2 else x
+                whole = tap.input
+                x = run.visit(layer, "mlp_in", run.by_row(whole))
+                if run.edges is not None:
+                    x = run.edges.mlp_input(layer, block, x)
+                tap.input = x.flatten(0, 1) if whole.ndim == 2 else x
             elif "resid_mid" in kinds:  # the same tensor enters the norm and the residual stream: write in place
                 mid = run.visit(layer, "resid_mid", run.by_row(tap.input), fresh=True)
                 if run.edges is not None:

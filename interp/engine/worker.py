@@ -1,8 +1,8 @@
-"""The process in which `backend="simulated"` runs traces: it has torch, transformers and nnsight, but no `interp`.
+"""The process in which `backend="simulated"` runs traces: torch, transformers and nnsight, but no `interp`.
 
-`remote.py` starts this file as a script; as a module it only lends its frames. One frame on stdin is one question
-`(kind, content)`, one frame on stdout its answer `("ok", content)` or `("error", traceback)`. Standard library alone
-at the top, so that importing it costs nothing.
+`simulated.py` starts this file as a script; as a module it only lends its frames. One frame on stdin is one
+question `(kind, content)`, one on stdout its answer `("ok", content)` or `("error", traceback)`. Standard library alone at
+the top, so that importing it costs nothing.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def load(spec: dict[str, Any]) -> Any:
 
 
 def execute(model: Any, settings: tuple[int, str], blob: bytes) -> bytes:
-    """Run one serialised request, and give back what it saved as a server does: torch's format, compressed."""
+    """Run one serialised request; what it saved comes back as from a server: torch's format, compressed."""
     import torch
     import zstandard
     from nnsight.schema.request import RequestModel

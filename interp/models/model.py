@@ -84,6 +84,11 @@ class Model:
         return int(self.taps["d_vocab"])
 
     @property
+    def parallel(self) -> bool:
+        """Whether attention and MLP of a block read the same stream."""
+        return self.family.parallel
+
+    @property
     def device(self) -> torch.device:
         """Where the embedding lies; other layers may lie elsewhere under `device_map`."""
         return next(self.hf.parameters()).device

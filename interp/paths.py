@@ -1,0 +1,51 @@
+"""Path patching: what one node tells another directly, with everything else held where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .effects import Effects
+from .engine.run import run_plan
+from .metrics import Metric, logit_diff
+from .models.model import Model
+from .pairs import PromptPairs
+from .plan import paths
+from .sites import Site
+
+
+def path_patch(
+    model: Model,
+    pairs: PromptPairs,
+    senders: Sequence[str | Site] | str,
+    receivers: Sequence[str | Site] | str = ("logits",),
+    metric: Metric = logit_diff,
+    direction: str = "noising",
+    *,
+    together: bool = False,
+    through_mlps: bool = False,
+    **options: Any,
+) -> Effects:
+    """Patch paths from senders to receivers (Goldowsky-Dill et al. 2023; Wang et al. 2022 with `through_mlps`).
+
+    A receiver reads x + Δ: the residual stream with the sender's contribution of the source run in place of the base
+    run's. All other nodes between them are held at the base run; what is downstream of the receiver is computed anew.
+    With `"logits"` as receiver this is the direct effect on the logits.
+
+    Args:
+        senders: `"embed"`, heads (`"L1.H2"`), MLPs (`"L0.mlp"`), each at all positions or at one (`"L1.H2@4"`).
+        receivers: `"L3.H1.q"`, `"L3.H1.k"`, `"L3.H1.v"` (k and v by key/value head), `"L3.mlp"`, `"logits"`.
+        together: patch all edges at once, one cell.
+        through_mlps: MLPs between sender and receiver pass the change on.
+        options: of `patch` (schedule, checkpoint, progress, max_tokens).
+
+    Returns:
+        Effects with dims (sender, receiver, pair); NaN where the receiver is not downstream of the sender.
+
+    Raises:
+        SiteError, PlanError, PairsError, MetricError: before the model runs.
+    """
+    if "max_tokens" in options:
+        options["budget"] = options.pop("max_tokens")
+    plan = paths(senders, receivers, together=together, through_mlps=through_mlps)
+    return run_plan(model, pairs, plan, metric, direction, method="path_patch", **options)
