@@ -1,0 +1,293 @@
+"""Figure: a Bokeh layout as a standalone page, a PNG, or inline in a notebook. Imports bokeh.
+
+Nothing here touches Bokeh's global state: no current document, no theme, no `output_notebook`.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import webbrowser
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unicodedata import east_asian_width
+
+from bokeh.embed import file_html
+from bokeh.models import AllLabels, BasicTicker, FixedTicker, LinearColorMapper, Range1d
+from bokeh.models.annotations import ColorBar, Title
+from bokeh.models.ui.ui_element import UIElement
+from bokeh.plotting import figure
+from bokeh.resources import Resources
+
+from ..effects import write_atomically
+from ..errors import PlotError
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PAGE = 1240  # px that a laptop shows beside the scroll bar
+FONT = "Helvetica, Arial, sans-serif"
+INK, MUTED, RULE = "#222222", "#6b6b6b", "#c8c8c8"
+
+# The page is as wide as its content, so that a PNG of it is neither cut off nor padded. Its size, and that
+# Bokeh has drawn everything, stand on <html>, where a browser without a debugger can read them.
+_TEMPLATE = """
+{% block postamble %}
+<link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+  html, body { height: auto; background: #ffffff; }
+  body { font-family: {{ font }}; color: {{ ink }}; }
+  main { width: max-content; min-width: 520px; padding: 24px 28px 20px; }
+  header { margin: 0 0 14px; contain: inline-size; }
+  h1 { font-size: 19px; font-weight: 600; margin: 0 0 5px; line-height: 1.25; overflow-wrap: anywhere; }
+  header p { font-size: 13px; margin: 0; color: {{ muted }}; line-height: 1.45; }
+</style>
+<script>
+  document.addEventListener("DOMContentLoaded", () => {
+    const root = document.documentElement, main = document.querySelector("main");
+    const measure = () => {
+      const box = main.getBoundingClientRect();
+      root.dataset.width = Math.ceil(box.right + window.scrollX);
+      root.dataset.height = Math.ceil(box.bottom + window.scrollY);
+    };
+    new ResizeObserver(measure).observe(main);
+    const timer = setInterval(() => {
+      const docs = window.Bokeh ? Bokeh.documents : [];
+      if (docs.length && docs.every((doc) => doc.is_idle)) {
+        clearInterval(timer); measure(); root.dataset.ready = "yes";
+      }
+    }, 50);
+  });
+</script>
+{% endblock %}
+{% block contents %}
+<main>
+<header><h1>{{ title | e }}</h1>{% for line in lines %}<p>{{ line | e }}</p>{% endfor %}</header>
+{{ super() }}
+</main>
+{% endblock %}
+"""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Figure:
+    """A picture: a Bokeh layout under a title and an optional subtitle (one line of text per line)."""
+
+    layout: UIElement
+    title: str
+    subtitle: str = ""
+
+    def html(self) -> str:
+        """The whole page as text, BokehJS inlined: opens with no network."""
+        words = {"lines": self.subtitle.splitlines(), "font": FONT, "ink": INK, "muted": MUTED}
+        return file_html(
+            self.layout, Resources(mode="inline"), self.title, template=_TEMPLATE, template_variables=words
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a standalone .html page, or a .png of it through headless Chromium.
+
+        Raises:
+            PlotError: another suffix, a place that cannot be written, or no browser for a .png.
+        """
+        path = Path(path)
+        if path.suffix not in (".html", ".png"):
+            raise PlotError(f"cannot save a figure as {path.name!r}: the suffix must be .html or .png")
+        data = self.html().encode() if path.suffix == ".html" else self.png()
+        try:
+            write_atomically(path, data)
+        except OSError as error:
+            raise PlotError(f"cannot write {path}: {error.strerror or error}") from error
+        return path
+
+    def png(self, scale: float = 2.0) -> bytes:
+        """A PNG of the whole page at `scale` device pixels per CSS pixel.
+
+        Raises:
+            PlotError: no Chromium, or it failed; the message says what it printed.
+        """
+        with tempfile.TemporaryDirectory(prefix="interp-png-", ignore_cleanup_errors=True) as folder:
+            page, image = Path(folder, "page.html"), Path(folder, "page.png")
+            page.write_text(self.html(), encoding="utf-8")
+            dom = _chromium(folder, "--window-size=1280,800", "--dump-dom", page.as_uri())
+            root = re.match(r"\s*(<!DOCTYPE[^>]*>)?\s*<html[^>]*>", dom, re.IGNORECASE)
+            size = dict(re.findall(r'data-(width|height|ready)="(\w+)"', root[0] if root else ""))
+            if "ready" not in size:
+                raise PlotError("the page did not finish drawing in Chromium, so no PNG was made of it")
+            width, height = int(size["width"]), int(size["height"])
+            scale = min(scale, 16000 / max(width, height))  # Chromium's limit on the side of a surface
+            _chromium(
+                folder, f"--window-size={width},{height}", f"--force-device-scale-factor={scale:g}",
+                "--hide-scrollbars", f"--screenshot={image}", page.as_uri(),
+            )  # fmt: skip
+            if not image.exists():
+                raise PlotError("Chromium ended without writing a PNG")
+            return image.read_bytes()
+
+    def show(self) -> None:
+        """Draw inline in a notebook; elsewhere open a temporary page in the default browser.
+
+        Raises:
+            PlotError: no browser could be opened; the message says where the page is.
+        """
+        if _in_notebook():
+            from IPython.display import display
+
+            display(self)
+            return
+        folder = Path(tempfile.mkdtemp(prefix="interp-"))  # stays: the browser reads it after we return
+        page = self.save(folder / "figure.html")
+        if not webbrowser.open(page.as_uri()):
+            raise PlotError(f"no browser could be opened; the page is {page}")
+
+    def __repr__(self) -> str:
+        return f"Figure({self.title!r})"
+
+    def _repr_html_(self) -> str:
+        """The page in an iframe: no state shared with the notebook, and it survives a reload."""
+        fit = "const d=this.contentDocument.documentElement;new MutationObserver(()=>{this.style.height="
+        fit += "(+d.dataset.height||600)+'px'}).observe(d,{attributes:true});d.dataset.shown='yes'"
+        page, title, fit = (html.escape(text, quote=True) for text in (self.html(), self.title, fit))
+        style = "width:100%;height:600px;border:0;background:#fff"
+        return f'<iframe srcdoc="{page}" title="{title}" style="{style}" onload="{fit}"></iframe>'
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return {"text/html": self._repr_html_(), "text/plain": repr(self)}
+
+
+def find_chromium() -> str | None:
+    """Path of a Chromium: $INTERP_CHROMIUM, else the first of `BROWSERS` on the PATH, else None."""
+    if chosen := os.environ.get("INTERP_CHROMIUM"):
+        return shutil.which(chosen)
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def panel(x: tuple[float, float], y: tuple[float, float], width: int, height: int, title: str = "") -> figure:
+    """An empty Bokeh figure in the house style: a frame of `width` × `height` px over the ranges x, y."""
+    plot = figure(
+        frame_width=width, frame_height=height, min_border=0, x_range=Range1d(start=x[0], end=x[1]),
+        y_range=Range1d(start=y[0], end=y[1]), title=plain(title) or None,
+        tools="box_zoom,reset,save", toolbar_location="above", outline_line_color=RULE,
+    )  # fmt: skip
+    plot.toolbar.logo, plot.toolbar.autohide = None, True
+    plot.grid.visible = False
+    if isinstance(plot.title, Title):
+        plot.title.update(text_font=FONT, text_font_size="13px", text_color=INK, text_font_style="bold")
+    for axis in plot.axis:
+        axis.update(
+            axis_line_color=None, minor_tick_line_color=None, major_tick_line_color=RULE, major_tick_in=0,
+            major_tick_out=4, major_label_text_font=FONT, major_label_text_font_size="11px",
+            major_label_text_color=INK, axis_label_text_font=FONT, axis_label_text_font_size="12px",
+            axis_label_text_font_style="normal", axis_label_text_color=MUTED, major_label_standoff=4,
+        )  # fmt: skip
+    return plot
+
+
+def label_cells(plot: figure, columns: list[str], rows: list[str], width: int, height: int) -> None:
+    """Name the cells of a grid on both axes, with slanted, upright or fewer labels where they would touch."""
+    longest = max(map(extent, columns), default=0)
+    if width * 0.92 < longest:
+        slanted = width >= 19  # below that, lines of 11 px type at 45° touch
+        plot.xaxis.major_label_orientation = math.pi / 4 if slanted else math.pi / 2
+        plot.xaxis.major_label_text_font_size = "11px" if width >= 13 else "10px"
+        if slanted:  # the first label reaches out to the left of its cell
+            plot.min_border_left = max(0, int(longest * 0.71 - width / 2) + 8)
+    for axis, labels, room in ((plot.xaxis, columns, width), (plot.yaxis, rows, height)):
+        step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if s * room >= 12)
+        axis.update(
+            ticker=FixedTicker(ticks=list(range(0, len(labels), step))), major_label_policy=AllLabels(),
+            major_label_overrides=dict(enumerate(labels)),
+        )  # fmt: skip
+
+
+def color_scale(mapper: LinearColorMapper, title: str) -> figure:
+    """A horizontal colour bar of its own, for several panels that share one scale."""
+    plot = panel((0, 1), (0, 1), 334, 1)
+    plot.update(toolbar_location=None, outline_line_color=None)
+    plot.axis.visible = False
+    plot.scatter([0.5], [0.5], alpha=0)  # Bokeh warns of a figure without a glyph
+    bar = ColorBar(
+        color_mapper=mapper, orientation="horizontal", height=12, width=332, padding=0, margin=0,
+        ticker=BasicTicker(desired_num_ticks=5), title=plain(title), bar_line_color=RULE,
+        major_tick_line_color=None, title_standoff=6, label_standoff=5, title_text_font=FONT,
+        title_text_font_style="normal", title_text_font_size="12px",
+        title_text_color=MUTED, major_label_text_font=FONT, major_label_text_font_size="11px",
+        major_label_text_color=INK, background_fill_alpha=0,
+    )  # fmt: skip
+    plot.add_layout(bar, "below")
+    return plot
+
+
+def tooltip(heading: str, lines: list[tuple[str, str]]) -> str:
+    """A hover in the house style: `heading` and (name, value) lines, written with Bokeh's @columns."""
+    cells = "".join(
+        f"<tr><td style='color:{MUTED};padding-right:12px'>{k}</td><td style='text-align:right'>{v}</td></tr>"
+        for k, v in lines
+    )
+    style = f"font:12px {FONT};color:{INK};line-height:1.5"
+    table = f"<table style='border-spacing:0;font:inherit'>{cells}</table>" if cells else ""
+    return f"<div style='{style}'><div>{heading}</div>{table}</div>"
+
+
+def extent(text: str) -> float:
+    """About how many px a label of 11 px type is wide, rather too many than too few."""
+    wide = [12 if east_asian_width(c) in "WF" else 11 if c in "mwMW@%…" else 0 for c in text]
+    return sum(w or (8.5 if c.isupper() else 6.5) for w, c in zip(wide, text, strict=True))
+
+
+def told_apart(labels: list[str], indices: Sequence[object] | None = None) -> list[str]:
+    """Labels that occur more than once get their index in front: `12 ·John`."""
+    count = Counter(labels)
+    named = zip(range(len(labels)) if indices is None else indices, labels, strict=True)
+    return [f"{i} {label}" if count[label] > 1 else label for i, label in named]
+
+
+def plain(text: str) -> str:
+    """`text` with zero-width spaces where Bokeh would otherwise read TeX: `$$…$$`, `\\(…\\)`, `\\[…\\]`."""
+    return re.sub(r"\$(?=\$)|\\(?=[\[\]()])", lambda found: found[0] + "\u200b", text)
+
+
+def visible(token: str, length: int = 14) -> str:
+    """A token as a label: whitespace and control characters visible, no longer than `length`."""
+    token = token.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
+    token = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in token) or "∅"
+    return plain(token if len(token) <= length else token[: length - 1] + "…")
+
+
+def _chromium(folder: str, *arguments: str) -> str:
+    """Run headless Chromium on a page of ours and return what it wrote to stdout."""
+    browser = find_chromium()
+    if browser is None:
+        raise PlotError(
+            "a PNG needs headless Chromium, and none was found: install Chromium or Chrome "
+            f"({', '.join(BROWSERS)}), or set INTERP_CHROMIUM to its path, or save as .html"
+        )
+    command = [
+        browser, "--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--disable-quic", "--disable-dev-shm-usage",
+        f"--user-data-dir={folder}/profile", "--virtual-time-budget=20000",
+    ]  # fmt: skip
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--no-sandbox")  # Chromium refuses to start as root with it
+    try:
+        done = subprocess.run([*command, *arguments], capture_output=True, timeout=180)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PlotError(f"Chromium ({browser}) could not make a PNG: {error}") from error
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-3:]
+        raise PlotError(f"Chromium ({browser}) ended with code {done.returncode}: {' | '.join(last)}")
+    return done.stdout.decode(errors="replace")
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
