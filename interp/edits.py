@@ -128,7 +128,11 @@ def apply_group(x: Tensor, group: dict[str, Any], values: Tensor | None, index: 
         return
     assert values is not None
     none = torch.zeros(1, 1, 1, dtype=torch.long, device=x.device)
-    place = group["source_column"][:, None, None].to(x.device) if values.shape[1] > 1 else none
+    place = none
+    if values.shape[1] > 1:  # by the pair's own positions; everywhere: source_column is that of the first column
+        own = group["source_column"][:, None].to(x.device)
+        own = own + torch.arange(x.shape[1], device=x.device)[None, :] if group["everywhere"] else own
+        place = own.clamp(min=0)[:, :, None]
     feature = target[2] if values.shape[2] > 1 else none
     value = values.to(x.device, x.dtype)[group["value"][:, None, None].to(x.device), place, feature]
     x[target] = value if group["op"] == "set" else x[target] + value if group["op"] == "add" else x[target] * value

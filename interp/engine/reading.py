@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..edits import FIELDS, OPS
 from ..models.model import Model
+from ..pairs import EncodedPairs, PromptPairs
 from ..sites import TABLE_KINDS
 from .schedule import inputs_of
 from .trace import execute
@@ -62,3 +63,25 @@ def read(model: Model, prompts: Sequence[Sequence[int]], reads: Iterable[tuple[i
     pattern `[row, head, query, key]`. Rows are left-padded to the longest prompt.
     """
     return execute(model.nn, model.taps, [read_program(model, prompts, reads, **more)], None)[0]
+
+
+def encode_prompts(model: Model, prompts: Any) -> EncodedPairs:
+    """Prompts (strings, token ids, or the clean ones of `PromptPairs`) as tokens, without a second run or answers."""
+    listed = prompts.clean if isinstance(prompts, PromptPairs) else [prompts] if isinstance(prompts, str) else prompts
+    return model.encode(PromptPairs(listed))
+
+
+def last_layer(model: Model, sites: Iterable[tuple[int, str]]) -> int:
+    """The last layer that must run for these sites; what stands behind a block is read as the next one begins."""
+    return max(max(0, layer) + (kind == "resid_post") for layer, kind in sites)
+
+
+def packed(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Prompts in groups of similar length, longest first, whose padded tokens fit the budget: indices of each group."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

@@ -54,6 +54,14 @@ SOURCE, BASE, HELPER = range(3)
 
 
 @dataclass(frozen=True)
+class Noise:
+    """Gaussian noise on the base run's embeddings: standard deviation, and per pair ((position, seed), …)."""
+
+    std: float
+    at: tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True)
 class Chunk:
     """One forward pass: the program that is shipped, and which (cell, pair) each patched row belongs to."""
 
@@ -87,6 +95,15 @@ class Context:
     values: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     indices: dict[tuple[int, str, Any], int] = field(default_factory=dict)
     want_logits: bool = False
+    noise: Noise | None = None
+
+    @property
+    def first_difference(self) -> tuple[int, ...] | None:
+        """Per pair the first position at which base and source differ; None where that is not known."""
+        if self.noise is not None:
+            return tuple(min(position for position, _ in at) for at in self.noise.at)
+        known = self.encoded.corrupted is not None and self.encoded.aligned
+        return self.encoded.first_difference if known else None
 
     def value_index(self, edit: Edit) -> int:
         """Where the constant of an edit stands in the values of its site; -1 for none."""
@@ -156,7 +173,7 @@ def make_rows(resolved: Resolved, context: Context, prune: bool) -> tuple[list[R
     rows, untouched = [], []
     swap = context.direction == "denoising"
     encoded = context.encoded
-    differs = encoded.first_difference if prune and encoded.corrupted is not None and encoded.aligned else None
+    differs = context.first_difference if prune else None
     for pair in range(len(encoded.clean)):
         base = len(context.base[pair])
         source = base if context.source is None else len(context.source[pair])
@@ -289,7 +306,7 @@ def compile_chunk(
             taken = number_of[row.helper] if origin == HELPER else streams[origin]
             columns = (-1, -1) if column < 0 else (column + shift, from_column + (other if origin == SOURCE else shift))
             if op != REPLACE:  # constants by position are looked up by the pair's own positions
-                columns = (columns[0], column)
+                columns = (columns[0], column if column >= 0 else -shift)
             table.append((layer, kind, op, number, taken, *columns, head, unit, value))
         for sender, layer, kind, head, column in row.edges:
             at_column = column + shift if column >= 0 else -1
@@ -321,6 +338,19 @@ def compile_chunk(
         "answers": token_sets(context.encoded.answers, owners),
         "distractors": token_sets(context.encoded.distractors, owners),
     }
+    if context.noise is not None:  # on the base runs, and on copies of them that start with the embedding
+        program["noise"] = {
+            "std": context.noise.std,
+            "table": torch.tensor(
+                [
+                    (number, position + width - len(base[pair]) - start_column, seed)
+                    for number, pair in [(place[pair, False], pair) for pair in pairs]
+                    + [(number_of[id(row)], row.pair) for row in early]
+                    for position, seed in context.noise.at[pair]
+                    if position + width - len(base[pair]) >= start_column
+                ]
+            ).reshape(-1, 3),
+        }
     if changed:
         program["edges"] = {"mode": "patch", "table": torch.tensor(changed, dtype=torch.int32)}
     return Chunk(program, pairs, tuple(patched))

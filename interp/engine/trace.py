@@ -15,6 +15,8 @@ plain dictionary made by the schedule:
     keep, cache a prepared run: the layers whose input is kept, and the class of an empty cache (or None)
     use, pick, column   a run on a prepared one: its number, which of its rows are needed, the first position run
     edges       changed reads, see `interp.engine.edges` (or absent)
+    noise       Gaussian noise on the embeddings: std, and table [token, (row, column, seed)] (or absent)
+    readout     what is made of the activations that are read, see `interp.engine.readout` (or absent)
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from ..edits import apply_group, group_edits
 from ..metrics import score
 from ..models.views import at, attention_pattern, features, mix_values, output_matrix
 from .edges import Edges
+from .readout import lens_rows, readout
 
 
 #: Kinds that are part of a wider tensor, or are divided into heads.
@@ -147,6 +150,14 @@ def pattern_of(core: dict[str, Any], rows: Tensor | None = None) -> Tensor:
     return attention_pattern(query, key, mask, core["options"])
 
 
+def with_number(pattern: Tensor, group: dict[str, Any], values: Tensor) -> Tensor:
+    """Attention probabilities `[edit, …]` with the number of each edit set, added or multiplied where there is attention."""
+    number = values[group["value"], 0, 0].to(pattern.device, pattern.dtype).reshape(-1, *[1] * (pattern.ndim - 1))
+    if group["op"] == "scale":
+        return pattern * number
+    return torch.where(pattern > 0, number if group["op"] == "set" else pattern + number, pattern)
+
+
 def write_pattern(run: Run, layer: int, core: dict[str, Any], z: Tensor) -> Tensor:
     """Write attention probabilities as z = P·v: the source row's pattern over this row's values."""
     if (layer, "pattern") in run.reads:
@@ -155,12 +166,15 @@ def write_pattern(run: Run, layer: int, core: dict[str, Any], z: Tensor) -> Tens
     if groups:
         z = z.clone()
     for group in groups:
-        rows, source = group["row"].to(z.device), group["source"].to(z.device)
-        mixed = mix_values(pattern_of(core, source), core["value"][rows]).to(z.dtype)  # [edit, query, head, d_head]
+        replaced = group["op"] == "replace"
+        rows, source = group["row"].to(z.device), group["source" if replaced else "row"].to(z.device)
+        pattern = pattern_of(core, source)
+        pattern = pattern if replaced else with_number(pattern, group, run.values[layer, "pattern"])
+        mixed = mix_values(pattern, core["value"][rows]).to(z.dtype)  # [edit, query, head, d_head]
         heads = torch.arange(run.taps["n_heads"])[None, :] if group["no_head"] else group["head"][:, None]
         column = torch.arange(z.shape[1])[None, :] if group["everywhere"] else group["column"][:, None]
         origin = column if group["everywhere"] else group["source_column"][:, None]
-        if not torch.equal(column, origin):
+        if replaced and not torch.equal(column, origin):
             raise ValueError("a pattern row can only be taken from the same position of the source run")
         view = z.unflatten(2, (run.taps["n_heads"], -1))
         each = torch.arange(len(rows))[:, None, None]
@@ -183,7 +197,10 @@ def edit_probabilities(run: Run, layer: int, call: Any) -> None:
             column = torch.arange(flat.shape[1])[None, :] if group["everywhere"] else group["column"][:, None]
             origin = column if group["everywhere"] else group["source_column"][:, None]
             target = (group["row"][:, None, None], column[:, :, None], heads[:, None, :])
-            flat[target] = flat[group["source"][:, None, None], origin[:, :, None], heads[:, None, :]]
+            if group["op"] == "replace":
+                flat[target] = flat[group["source"][:, None, None], origin[:, :, None], heads[:, None, :]]
+            else:
+                flat[target] = with_number(flat[target], group, run.values[layer, "pattern"])
         pattern = pattern.reshape(shape)
         call.output = pattern
     if (layer, "pattern") in run.reads:
@@ -206,13 +223,24 @@ def edit_heads(run: Run, layer: int, module: Any, z: Tensor, out: Tensor) -> Ten
     return out
 
 
+def add_noise(x: Tensor, noise: dict[str, Any]) -> Tensor:
+    """Embeddings `[row, position, d_model]` with noise made here from each token's own seed: nothing is shipped."""
+    x = x.clone()
+    for row, column, seed in noise["table"].tolist():
+        drawn = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(seed))
+        x[row, column] += (noise["std"] * drawn).to(x.device, x.dtype)
+    return x
+
+
 def walk(model: Any, run: Run) -> None:
     """Follow the forward pass through all blocks, stopping at the taps where something is edited or read."""
     taps, last = run.taps, run.program["last"]
     layers = at(model, taps["layers"])
-    if (-1, "embed") in run.active:
+    noise = run.program.get("noise")
+    if (-1, "embed") in run.active or noise is not None:
         embed = at(model, taps["embed"])
-        embed.output = run.visit(-1, "embed", embed.output)
+        entering = embed.output if noise is None else add_noise(embed.output, noise)
+        embed.output = run.visit(-1, "embed", entering)
     for layer in range(taps["n_layers"]):
         block = layers[layer]
         if layer < run.first:
@@ -278,7 +306,9 @@ def finish(model: Any, run: Run) -> None:
         if len(joining):
             hidden = torch.cat([hidden, hidden[joining.to(hidden.device)]])
         hidden = run.visit(end - 1, "resid_post", hidden, fresh=len(joining) > 0)
-        norm.input = hidden if run.edges is None else run.edges.final(hidden)
+        hidden = hidden if run.edges is None else run.edges.final(hidden)
+        lens = run.program.get("readout", {}).get("kind") == "lens"
+        norm.input = lens_rows(run, hidden) if lens else hidden
 
 
 def answer_logits(model: Any, run: Run) -> Tensor:
@@ -295,7 +325,9 @@ def forward(model: Any, run: Run, metric: Callable[..., Tensor] | None, found: d
     """Run one program inside an open trace, into `found`: metric `[scored]` in fp32, logits, reads {site: activation}."""
     found["reads"] = run.kept
     walk(model, run)
-    if run.program["last"] is None:
+    if "readout" in run.program:
+        found.update({"reads": {}, **readout(model, run)})
+    elif run.program["last"] is None:
         logits = answer_logits(model, run)
         found["metric"] = score(metric, logits, run.program) if metric is not None else None
         if run.program["want_logits"]:

@@ -76,6 +76,28 @@ def norm_parts(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return scale, weight
 
 
+def affine_parts(norm: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """A norm at `x [row, d_model]`, its scale frozen: norm(x) = (x, less its mean if centred) · scale · weight + bias.
+
+    Scale `[row, 1]`, weight and bias `[d_model]` in fp32, and whether it centres: found by asking the norm itself, so
+    that RMS and layer norms, whatever they add to their weights, need no case of their own.
+    """
+    probe = torch.full_like(x[:1], 1024.0)  # so large that the norm's epsilon is nothing
+    bias = norm(torch.zeros_like(probe)).float()
+    level = norm(probe).float() - bias
+    probe[:, ::2] *= -1
+    swing = norm(probe).float() - bias
+    centred = bool(level.abs().max() < 0.01 * swing.abs().max())
+    spread, inside = probe.float(), x.float()
+    if centred:
+        spread, inside = (part - part.mean(-1, keepdim=True) for part in (spread, inside))
+    weight = swing / spread * spread.pow(2).mean().sqrt()
+    unscaled = inside * weight
+    out = norm(x).float() - bias
+    scale = (out * unscaled).sum(-1, keepdim=True) / unscaled.pow(2).sum(-1, keepdim=True)
+    return scale, weight[0], bias[0], centred
+
+
 def attention_pattern(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
     """Attention probabilities `[row, head, query, key]` from what enters the dot product.
 
