@@ -212,5 +212,5 @@ def too_long(model: Any, part: Part, said: str) -> str:
     return (
         f"out of memory: {what} does not fit: {part.tokens} tokens ({rows} rows of {positions} positions) "
         f"through {model.name} ({model.dtype}, {model.device}); give it shorter prompts, load the model in "
-        f"bfloat16 or over more devices (device_map='auto'), or free what else takes memory there. It said: {said}"
+        f"bfloat16 or over more devices (device_map='auto'), or free memory there. It said: {said}"
     )
