@@ -142,7 +142,7 @@ def check_attention_reads(model: Model, parts: Parts, here: dict[str, Tensor]) -
         pattern = here["pattern"]
         mixed = mix_values(pattern, here["v"].transpose(1, 2))
         yield compare("pattern", "read", layer, mixed, here["z"])
-        sums = pattern.float().sum(-1)
+        sums = pattern.float().sum(-1).to(pattern.dtype)
         want = torch.ones_like(sums) if not model.family.sinks else sums.clamp(max=1.0)
         yield compare("pattern", "read", layer, sums, want)
     for kind, plain in (("q_rot", "q"), ("k_rot", "k")):
