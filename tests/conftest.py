@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # Test processes beside each other wait for one another where each has a thread per core.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # a second thread that spins makes tiny models ten times slower
 
 
 @pytest.fixture(scope="session")
