@@ -18,32 +18,54 @@ from ..errors import BackendError, InterpError
 from ..metrics import Metric
 from .trace import scores
 
-#: Tokens that one request may hold, with OVERHEAD for every forward pass: progress is reported by request.
+#: Tokens that one request may hold, a forward pass counting as LEAST at least: servers end long requests, and
+#: progress is reported by request.
 REQUEST = 8192
-OVERHEAD = 60
+LEAST = 40
 #: Packages that a server has; a function of any other one travels by its source.
 ON_SERVER = {"torch", "numpy", "transformers", "nnsight", "builtins", "__main__", *sys.stdlib_module_names}
 
 
-def portable(value: Any, seen: dict[int, Any] | None = None) -> Any:
-    """The same data with every tensor on the CPU, without a graph, and without what lies behind a view of it.
+def unpack(data: bytes, stored: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The tensor that a `Packed` was; travels with it."""
+    if not data:
+        return torch.empty(shape, dtype=getattr(torch, dtype))
+    numbers = torch.frombuffer(bytearray(data), dtype=getattr(torch, stored))
+    return numbers.to(getattr(torch, dtype)).reshape(shape)
 
-    What is shared stays shared, so that it is sent once.
-    """
+
+class Packed:
+    """A tensor on its way: no device, no graph, integers in the fewest bytes. It arrives as what it was."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        flat = tensor.detach().cpu().reshape(-1)
+        self.dtype, self.shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        if flat.dtype in (torch.int64, torch.int32) and len(flat):
+            low, high = int(flat.min()), int(flat.max())
+            for narrow in (torch.int8, torch.int16, torch.int32):
+                if torch.iinfo(narrow).min <= low and high <= torch.iinfo(narrow).max:
+                    flat = flat.to(narrow)
+                    break
+        self.stored = str(flat.dtype).removeprefix("torch.")
+        self.data = flat.contiguous().view(torch.uint8).numpy().tobytes() if len(flat) else b""
+
+    def __reduce__(self) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
+        return unpack, (self.data, self.stored, self.dtype, self.shape)
+
+
+def pack(value: Any, seen: dict[int, Any] | None = None) -> Any:
+    """The same plain data with every tensor packed. What is shared stays shared, so that it is sent once."""
     seen = {} if seen is None else seen
-    if id(value) in seen:
-        return seen[id(value)]
-    made = value
-    if isinstance(value, torch.Tensor):
-        made = value.detach().cpu()
-        if made.untyped_storage().nbytes() > made.nbytes:
-            made = made.clone()
-    elif type(value) is dict:
-        made = {key: portable(item, seen) for key, item in value.items()}
-    elif type(value) in (list, tuple):
-        made = type(value)(portable(item, seen) for item in value)
-    seen[id(value)] = made
-    return made
+    if id(value) not in seen:
+        made = value
+        if isinstance(value, torch.Tensor):
+            made = Packed(value)
+        elif type(value) is dict:
+            made = {key: pack(item, seen) for key, item in value.items()}
+        elif type(value) in (list, tuple):
+            made = type(value)(pack(item, seen) for item in value)
+        seen[id(value)] = made
+    return seen[id(value)]
 
 
 def by_source(function: Any) -> None:
@@ -61,9 +83,8 @@ def requests(programs: Sequence[dict[str, Any]], limit: int) -> list[list[int]]:
     A program that uses a prepared run is in one request with it: the prepared run is done again where a
     request ends between the programs that use it.
     """
-    sizes = [
-        len(program["scored"]) * program["inputs"]["input_ids"].shape[1] + OVERHEAD for program in programs
-    ]
+    tokens = [len(program["scored"]) * program["inputs"]["input_ids"].shape[1] for program in programs]
+    sizes = [max(count, LEAST) for count in tokens]
     made: list[list[int]] = [[]]
     ready = -1
     for number, program in enumerate(programs):
@@ -79,8 +100,8 @@ def requests(programs: Sequence[dict[str, Any]], limit: int) -> list[list[int]]:
 class Shipped:
     """What both have in common.
 
-    `sent` and `received` are the bytes of all `requests` of the last run or call; `timeout` the seconds that one
-    may take, `limit` the tokens that one may hold.
+    `sent` and `received` are the bytes of all `requests` of the last run or call; `timeout` the seconds that
+    one may take, `limit` the tokens that one may hold.
     """
 
     weights_here = True
@@ -112,7 +133,7 @@ class Shipped:
             if callable(item):
                 by_source(item)
         nnsight.ndif.pull_env()  # modules that lie beside the user's script
-        nn, arguments, transport = model.nn, portable(args), self.transport(model)
+        nn, arguments, transport = model.nn, pack(args), self.transport(model)
         self.requests += 1
         result = None
         try:
@@ -155,8 +176,8 @@ def serialise(tracer: Any) -> bytes:
     except Exception as error:
         raise BackendError(
             f"this cannot be sent to a server: {type(error).__name__}: {error}. A metric must be a plain "
-            "function of (logits, batch) that uses torch alone and holds no lock, file, model or other object of "
-            "this process"
+            "function of (logits, batch) that uses torch alone and holds no lock, file, model or other "
+            "object of this process"
         ) from error
 
 
@@ -169,6 +190,8 @@ def failure(text: str, function: Callable[..., Any], where: str) -> BackendError
             "; a server has torch, numpy, transformers and nnsight: use these alone, or have your own module "
             "travel with nnsight.register('its_name')"
         )
+    if "Could not find function" in last:
+        hint = "; a source file was changed after it was imported: start this process again"
     name = getattr(function, "__name__", "request")
     said = f"{where} failed in {name!r}: {last.strip()}{hint}"
     return BackendError(f"{said}\n--- traceback from there ---\n{text}")

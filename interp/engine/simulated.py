@@ -47,7 +47,7 @@ class Worker:
                 stderr=log,
                 cwd=self.folder.name,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for this process, which ends the worker if it waits for it
+                start_new_session=True,  # Ctrl-C is for this process; it ends a worker that it waits for
             )
         self.answers: queue.Queue[tuple[str, Any]] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()

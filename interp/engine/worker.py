@@ -1,8 +1,8 @@
 """The process in which `backend="simulated"` runs traces: torch, transformers and nnsight, but no `interp`.
 
 `simulated.py` starts this file as a script; as a module it only lends its frames. One frame on stdin is one
-question `(kind, content)`, one on stdout its answer `("ok", content)` or `("error", traceback)`. Standard library alone at
-the top, so that importing it costs nothing.
+question `(kind, content)`, one on stdout its answer `("ok", content)` or `("error", traceback)`.
+Standard library alone at the top, so that importing it costs nothing.
 """
 
 from __future__ import annotations
