@@ -15,7 +15,8 @@ from torch import Tensor
 from .errors import PlanError
 from .sites import TABLE_KINDS, Site
 
-OPS = ("replace", "set", "add", "scale")
+#: "mix" moves towards the source run by a fraction; only the engine makes such edits.
+OPS = ("replace", "set", "add", "scale", "mix")
 #: Columns of the table of edits. -1 stands for "all" (column, head, unit) or "none" (source, value).
 FIELDS = ("layer", "kind", "op", "row", "source", "column", "source_column", "head", "unit", "value")
 
@@ -36,8 +37,8 @@ class Edit:
     value: float | Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.op not in OPS:
-            raise PlanError(f"unknown edit {self.op!r} at {self.site}; the edits are: {', '.join(OPS)}")
+        if self.op not in OPS[:-1]:
+            raise PlanError(f"unknown edit {self.op!r} at {self.site}; the edits are: {', '.join(OPS[:-1])}")
         if (self.value is None) != (self.op == "replace"):
             raise PlanError(f"edit {self.op!r} at {self.site} needs {'no' if self.op == 'replace' else 'a'} value")
         if self.site.kind == "logits":
@@ -135,4 +136,8 @@ def apply_group(x: Tensor, group: dict[str, Any], values: Tensor | None, index: 
         place = own.clamp(min=0)[:, :, None]
     feature = target[2] if values.shape[2] > 1 else none
     value = values.to(x.device, x.dtype)[group["value"][:, None, None].to(x.device), place, feature]
+    if group["op"] == "mix":
+        other = x[locate(group, group["source"], group["source_column"], x, index)]
+        x[target] = x[target] + value * (other - x[target])
+        return
     x[target] = value if group["op"] == "set" else x[target] + value if group["op"] == "add" else x[target] * value

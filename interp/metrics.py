@@ -76,7 +76,7 @@ def rank(logits: Tensor, batch: Any) -> Tensor:
 
 def score(metric: Metric, logits: Tensor, program: dict[str, Any]) -> Tensor:
     """Apply a metric to logits `[row, d_vocab]` with the batch that a program describes: `[row]` in fp32."""
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     batch = Batch()
     for name in ("answers", "distractors"):
         tokens = program.get(name)
@@ -84,4 +84,4 @@ def score(metric: Metric, logits: Tensor, program: dict[str, Any]) -> Tensor:
     for name in ("clean", "corrupted"):
         rows = program.get(name)
         batch[f"{name}_logits"] = None if rows is None else logits[rows.to(logits.device)]
-    return metric(logits, batch).float()
+    return metric(logits, batch).to(logits.dtype)

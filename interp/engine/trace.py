@@ -32,6 +32,7 @@ from ..edits import apply_group, group_edits
 from ..metrics import score
 from ..models.views import at, attention_pattern, features, mix_values, output_matrix
 from .edges import Edges
+from .gradients import Tape, attributions, wanted_tapes
 from .readout import lens_rows, readout
 
 
@@ -61,11 +62,12 @@ class Run:
         self.edits = group_edits(program["edits"])
         self.values = program["values"]
         self.reads = set(program["reads"])
-        self.active = set(self.edits) | self.reads
+        self.active = set(self.edits) | self.reads | {tuple(site) for site in program.get("tape", ())}
         self.kept: dict[tuple[int, str], Tensor] = {}
         self.first = program["first"]
         spec = program.get("edges")
         self.edges = Edges(taps, spec, self.start) if spec is not None else None
+        self.tape: Tape | None = None  # activations that gradients are taken of
         self.cache: Any = None
         self.below: list[tuple[Tensor, Tensor]] = []  # keys and values below the first position run, by layer
         self.entering: Tensor | None = None  # residual stream entering the first block that is run
@@ -74,8 +76,11 @@ class Run:
         """`[row, position, feature]`, also where a family flattens rows and positions (OPT)."""
         return x.unflatten(0, (len(self.rows), -1)) if x.ndim == 2 else x
 
-    def visit(self, layer: int, kind: str, x: Tensor, fresh: bool = False) -> Tensor:
-        """Apply the edits of one site to `x [row, position, feature]`, and keep it if it is to be read."""
+    def visit(self, layer: int, kind: str, x: Tensor, fresh: bool = False, raw: Tensor | None = None) -> Tensor:
+        """Apply the edits of one site to `x [row, position, feature]`, and keep it if it is to be read.
+
+        `raw` is the module's own tensor where `x` is a view of it: that is what a gradient must be taken of.
+        """
         groups = self.edits.get((layer, kind), ())
         if groups:
             index = features(self.taps, kind) if kind in FEATURED else None
@@ -86,6 +91,8 @@ class Run:
             own = x[..., features(self.taps, kind).to(x.device)] if kind in FEATURED else x
             own = own[..., 0, :] if kind == "mlp_pre" else own
             self.kept[layer, kind] = own.clone()  # a block may add to it in place later (Falcon)
+        if self.tape is not None:
+            self.tape.take(layer, kind, x, x if raw is None or groups else raw)
         return x
 
 
@@ -137,7 +144,10 @@ def edit_core(run: Run, layer: int, call: Any, kinds: list[str]) -> dict[str, An
     if "pattern" not in kinds:
         return None
     mask = new[first + 3] if len(new) > first + 3 else kwargs.get("attention_mask")
-    return {"query": new[first], "key": new[first + 1], "value": new[first + 2], "mask": mask, "options": kwargs}
+    core = {"query": new[first], "key": new[first + 1], "value": new[first + 2], "mask": mask, "options": kwargs}
+    if run.tape is not None:
+        run.tape.core[layer] = {name: part.detach() if isinstance(part, Tensor) else part for name, part in core.items()}
+    return core
 
 
 def pattern_of(core: dict[str, Any], rows: Tensor | None = None) -> Tensor:
@@ -203,6 +213,8 @@ def edit_probabilities(run: Run, layer: int, call: Any) -> None:
                 flat[target] = with_number(flat[target], group, run.values[layer, "pattern"])
         pattern = pattern.reshape(shape)
         call.output = pattern
+    if run.tape is not None:
+        run.tape.take(layer, "pattern", pattern)
     if (layer, "pattern") in run.reads:
         run.kept[layer, "pattern"] = pattern.reshape(len(run.rows), -1, *pattern.shape[-2:])
 
@@ -220,6 +232,8 @@ def edit_heads(run: Run, layer: int, module: Any, z: Tensor, out: Tensor) -> Ten
         for group in groups:
             apply_group(changed, group, run.values.get((layer, "head_out")), index)
         out = out + (changed - z) @ by_head.flatten(0, 1)
+    if run.tape is not None:
+        run.tape.take(layer, "head_out", out)
     return out
 
 
@@ -237,9 +251,11 @@ def walk(model: Any, run: Run) -> None:
     taps, last = run.taps, run.program["last"]
     layers = at(model, taps["layers"])
     noise = run.program.get("noise")
-    if (-1, "embed") in run.active or noise is not None:
+    if (-1, "embed") in run.active or noise is not None or run.tape is not None:
         embed = at(model, taps["embed"])
         entering = embed.output if noise is None else add_noise(embed.output, noise)
+        if run.tape is not None:  # a leaf, so that gradients exist where the weights are frozen
+            entering = entering.detach().requires_grad_(True)
         embed.output = run.visit(-1, "embed", entering)
     for layer in range(taps["n_layers"]):
         block = layers[layer]
@@ -269,7 +285,7 @@ def walk(model: Any, run: Run) -> None:
                     x = run.edges.mlp_input(layer, block, x)
                 tap.input = x.flatten(0, 1) if whole.ndim == 2 else x
             elif "resid_mid" in kinds:  # the same tensor enters the norm and the residual stream: write in place
-                mid = run.visit(layer, "resid_mid", run.by_row(tap.input), fresh=True)
+                mid = run.visit(layer, "resid_mid", run.by_row(tap.input), fresh=True, raw=tap.input)
                 if run.edges is not None:
                     run.edges.mid = mid
             else:
@@ -280,7 +296,11 @@ def walk(model: Any, run: Run) -> None:
                 if run.edges is not None:
                     x = run.edges.pass_tap(layer, kinds, block, x)
                 for kind in here:
-                    x = edit_heads(run, layer, tap, z, x) if kind == "head_out" else run.visit(layer, kind, x)
+                    if kind == "head_out":
+                        x = edit_heads(run, layer, tap, z, x)
+                    else:
+                        whole_x = whole[0] if isinstance(whole, tuple) else whole
+                        x = run.visit(layer, kind, x, raw=whole_x if x is before else None)
                 if "z" in kinds:
                     z = x
                 if x is before:
@@ -390,6 +410,30 @@ def execute(
         results.append(found)
         if done is not None:
             done(index, found)
+    return results
+
+
+def execute_gradients(
+    model: Any,
+    taps: dict[str, Any],
+    programs: list[dict[str, Any]],
+    metric: Callable[..., Tensor],
+) -> list[dict[str, Any]]:
+    """Run gradient programs, each in one trace: {"metric": [scored], "attributions": {site: …}}."""
+    results = []
+    for program in programs:
+        run = Run(taps, program)
+        wanted = wanted_tapes(taps, program)
+        run.tape = Tape(wanted)
+        run.active |= wanted
+        with torch.enable_grad():
+            with model.trace(**program["inputs"]):
+                found = nnsight.save({})
+                forward(model, run, metric, found)
+                found["attributions"] = attributions(model, taps, program, run.tape, found["metric"])
+                found["metric"] = found["metric"].detach()
+                found["reads"] = {}
+        results.append(found)
     return results
 
 

@@ -117,10 +117,11 @@ def attention_pattern(query: Tensor, key: Tensor, mask: Tensor | None, options: 
         scores = scores.masked_fill(~mask[..., :keys], torch.finfo(scores.dtype).min)
     else:
         scores = scores + mask[..., :keys]
+    precise = torch.promote_types(scores.dtype, torch.float32)
     if (sinks := options.get("s_aux")) is not None:
         sink = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, sink], dim=-1).float().softmax(dim=-1)[..., :-1].to(query.dtype)
-    return scores.float().softmax(dim=-1).to(query.dtype)
+        return torch.cat([scores, sink.to(scores.dtype)], dim=-1).softmax(dim=-1, dtype=precise)[..., :-1].to(query.dtype)
+    return scores.softmax(dim=-1, dtype=precise).to(query.dtype)
 
 
 def mix_values(pattern: Tensor, value: Tensor) -> Tensor:

@@ -1,0 +1,214 @@
+"""Gradients inside a forward pass: what attribution needs, reduced to small tensors where the model runs.
+
+A gradient program is a program of `interp.engine.trace` without growth before layer 0, plus:
+    tape        [(layer, kind)] whose gradients are wanted
+    pairs       base [pair] and source [pair]: rows of the two runs
+    gradient    [pair, step]: rows whose gradients are averaged for each pair (the base row itself for one step)
+    columns     [pair, position] the source position that belongs to each base position (or None: the same)
+    drop        layers to drop one at a time in the backward pass (GradDrop), or []
+    exact_qk    whether q and k go through the softmax exactly (AtP*)
+Standard library and torch only: these functions also travel to a remote server.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.views import at, attention_pattern, features, output_matrix
+
+class Tape:
+    """Activations by site: the live tensor whose gradient is taken, and a copy of its value."""
+
+    def __init__(self, wanted: set[tuple[int, str]]) -> None:
+        self.wanted = wanted
+        self.live: dict[tuple[int, str], Tensor] = {}
+        self.value: dict[tuple[int, str], Tensor] = {}
+        self.core: dict[int, dict[str, Any]] = {}
+
+    def take(self, layer: int, kind: str, x: Tensor, live: Tensor | None = None) -> None:
+        """Keep an activation if it is wanted; `live` is the tensor in the graph where `x` is a view of it."""
+        if (layer, kind) in self.wanted:
+            self.live[layer, kind] = x if live is None else live
+            self.value[layer, kind] = x.detach().clone()  # a block may add to it in place later (Falcon)
+
+
+def backward(tape: Tape, total: Tensor, sites: list[tuple[int, str]], retain: bool) -> dict[tuple[int, str], Tensor]:
+    """d total / d activation of every site; zero where the total does not depend on it."""
+    live = [tape.live[site] for site in sites]
+    found = torch.autograd.grad(total, live, allow_unused=True, retain_graph=retain)
+    return {
+        site: torch.zeros_like(tape.value[site]) if gradient is None else gradient.reshape(tape.value[site].shape)
+        for site, gradient in zip(sites, found, strict=True)
+    }
+
+
+def with_drops(
+    tape: Tape, total: Tensor, sites: list[tuple[int, str]], drop: list[int]
+) -> list[dict[tuple[int, str], Tensor]]:
+    """The plain gradient, then one for every dropped layer: no gradient flows back through what that layer adds."""
+    gradients = [backward(tape, total, sites, retain=bool(drop))]
+    dropped: list[int] = []
+    hooks = []
+    for (layer, kind), x in tape.live.items():
+        if drop and kind in ("attn_out", "mlp_out"):
+
+            def cut(gradient: Tensor, layer: int = layer) -> Tensor:
+                return torch.zeros_like(gradient) if dropped and dropped[-1] == layer else gradient
+
+            hooks.append(x.register_hook(cut))
+    for number, layer in enumerate(drop):
+        dropped.append(layer)
+        gradients.append(backward(tape, total, sites, retain=number + 1 < len(drop)))
+    for hook in hooks:
+        hook.remove()
+    return gradients
+
+
+def difference(program: dict[str, Any], x: Tensor) -> Tensor:
+    """Source minus base activation `[pair, position, …]`, each base position against its own source position."""
+    base, source = (program[side].to(x.device) for side in ("base", "from"))
+    columns = program["columns"]
+    other = x[source] if columns is None else x[source[:, None], columns.to(x.device)]
+    return other - x[base]
+
+
+def averaged(program: dict[str, Any], gradient: Tensor, steps: Tensor | None = None) -> Tensor:
+    """Gradients `[pair, position, …]`, averaged over the rows that belong to each pair."""
+    rows = (program["gradient"] if steps is None else steps).to(gradient.device)
+    return gradient[rows].mean(1)
+
+
+def by_part(taps: dict[str, Any], kind: str, x: Tensor) -> Tensor:
+    """The part of a module's tensor that carries a kind: `[row, position, head, d_head]`, or the tensor itself."""
+    if kind not in ("q", "k", "v", "z", "q_rot", "k_rot", "mlp_pre"):
+        return x
+    part = x[..., features(taps, kind).to(x.device)]
+    return part[..., 0, :] if kind == "mlp_pre" else part
+
+
+def products(
+    model: Any, taps: dict[str, Any], program: dict[str, Any], tape: Tape, gradients: dict[tuple[int, str], Tensor]
+) -> dict[tuple[int, str], Tensor]:
+    """(source − base) · gradient of every wanted site, summed over features.
+
+    `[pair, position]`, with a head axis for kinds by head and a unit axis for `mlp_pre` and `neuron`.
+    """
+    out = {}
+    for layer, kind in program["tape"]:
+        steps = program["steps"].get((layer, kind)) if program["steps"] else None
+        if kind == "pattern" and taps["pattern"] == "source":
+            change = difference(program, tape.value[layer, kind]) * averaged(program, gradients[layer, kind], steps)
+            out[layer, kind] = change.sum(-1).transpose(1, 2)
+            continue
+        if kind == "pattern" or (kind in ("q", "k") and program["exact_qk"]):
+            out[layer, kind] = through_softmax(taps, program, tape, gradients, layer, kind)
+            continue
+        if kind == "head_out":
+            module = at(at(model, taps["layers"])[layer], taps["o"])
+            index = features(taps, "z")
+            z = difference(program, by_part(taps, "z", tape.value[layer, "z"]))
+            gradient = averaged(program, gradients[layer, "head_out"], steps)
+            by_head = output_matrix(module, index.to(z.device))
+            out[layer, kind] = torch.einsum("pthd,hdm,ptm->pth", z, by_head, gradient)
+            continue
+        change = difference(program, by_part(taps, kind, tape.value[layer, kind]))
+        product = change * averaged(program, by_part(taps, kind, gradients[layer, kind]), steps)
+        out[layer, kind] = product if kind in ("mlp_pre", "neuron") else product.sum(-1)
+    return out
+
+
+def through_softmax(
+    taps: dict[str, Any],
+    program: dict[str, Any],
+    tape: Tape,
+    gradients: dict[tuple[int, str], Tensor],
+    layer: int,
+    kind: str,
+) -> Tensor:
+    """Attribution of pattern rows, and of q and k with the softmax done exactly (AtP*, Kramár et al. 2024).
+
+    The gradient of the pattern is that of z times v. A patched query changes its own row of the pattern; a patched key
+    changes one logit of every later row, for which the new softmax has a closed form.
+    """
+    core, base, source = tape.core[layer], program["base"], program["from"]
+    gz = averaged(program, by_part(taps, "z", gradients[layer, "z"]))  # [pair, query, head, d_head]
+    v = core["value"][base.to(gz.device)].repeat_interleave(taps["n_heads"] // core["value"].shape[1], dim=1)
+    g = torch.einsum("pqhd,phkd->phqk", gz, v)
+    options, query, key = core["options"], core["query"], core["key"]
+
+    def mask_of(rows: Tensor) -> Tensor | None:
+        mask = core["mask"]
+        return mask if mask is None or mask.shape[0] == 1 else mask[rows.to(mask.device)]
+
+    p = attention_pattern(query[base], key[base], mask_of(base), options)
+    if kind == "pattern":
+        new = attention_pattern(query[source], key[source], mask_of(source), options)
+        return ((new - p) * g).sum(-1).transpose(1, 2)
+    if kind == "q":
+        new = attention_pattern(query[source], key[base], mask_of(base), options)
+        return ((new - p) * g).sum(-1).transpose(1, 2)
+    old, changed = (dot_products(query[base], key[rows], options) for rows in (base, source))
+    logit = torch.log(p.double().clamp(min=1e-300)) - torch.log1p(-p.double().clamp(max=1 - 1e-12))
+    new = torch.sigmoid(logit + (changed - old).double())
+    new = torch.where(p > 0, new, torch.zeros_like(new))
+    kept = (p * g).sum(-1, keepdim=True).double()
+    others = (kept - (p * g).double()) / (1 - p.double()).clamp(min=1e-12)
+    change = new * g.double() + (1 - new) * others - kept  # [pair, head, query, key]: if that key alone is patched
+    change = torch.where(p > 0, change, torch.zeros_like(change))
+    by_key = change.sum(2).unflatten(1, (taps["n_kv_heads"], -1)).sum(2)  # over queries, then over the group's heads
+    return by_key.transpose(1, 2).to(g.dtype)
+
+
+def dot_products(query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
+    """Attention logits before the mask `[row, head, query, key]`."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scaling = options.get("scaling")
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    cap = options.get("softcap")
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+def wanted_tapes(taps: dict[str, Any], program: dict[str, Any]) -> set[tuple[int, str]]:
+    """Every site that must be taped for the wanted ones."""
+    found = set()
+    for layer, kind in program["tape"]:
+        found.add((layer, kind))
+        softmax = kind == "pattern" and taps["pattern"] == "interface"
+        if softmax or (kind in ("q", "k") and program["exact_qk"]):
+            found.update([(layer, "pattern"), (layer, "z")])
+        if kind == "head_out":
+            found.add((layer, "z"))
+    if program["drop"]:
+        found.update((layer, kind) for layer in range(taps["n_layers"]) for kind in ("attn_out", "mlp_out"))
+    return found
+
+
+def attributions(
+    model: Any, taps: dict[str, Any], program: dict[str, Any], tape: Tape, scores: Tensor
+) -> dict[tuple[int, str], Tensor]:
+    """Estimated change of the metric at every site if it alone took the source run's activation.
+
+    With GradDrop: the mean over dropped layers of the absolute estimate, scaled by L/(L-1) for the layer that hides
+    itself, with the sign of the estimates' sum.
+    """
+    total = scores[program["gradient"].unique().to(scores.device)].sum()
+    if program["steps"]:
+        rows = torch.cat([steps.flatten() for steps in program["steps"].values()])
+        total = scores[rows.to(scores.device)].sum()
+    sites = [site for site in tape.live if site in tape.wanted]
+    every = with_drops(tape, total, sites, program["drop"])
+    found = [products(model, taps, program, tape, gradients) for gradients in every]
+    if not program["drop"]:
+        return found[0]
+    out = {}
+    for site in found[0]:
+        stacked = torch.stack([one[site] for one in found[1:]])
+        count = len(program["drop"])
+        size = stacked.abs().sum(0) / max(1, count - 1)
+        total_sign = torch.sign(stacked.sum(0))
+        sign = torch.where(found[0][site] == 0, total_sign, torch.sign(found[0][site]))
+        out[site] = sign * size
+    return out
