@@ -1,9 +1,9 @@
-"""`interp.patch` against a loop of one plain forward per patch: every family, every kind of site, both directions."""
+"""`interp.patch` against one plain forward per patch: every family, every kind of site, both directions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -96,7 +96,7 @@ class Loop:
             assert error <= 1, f"{name}: {got} where the loop gives {want} (allowed ±{tolerance:.1e})"
 
 
-def routing_gap(oracle: Oracle, run: object) -> float:
+def routing_gap(oracle: Oracle, run: Callable[[], Tensor]) -> float:
     """How near the router of any layer came to another choice of experts; infinite without experts."""
     gaps = [math.inf]
     k = getattr(oracle.config, "num_experts_per_tok", None)
@@ -122,7 +122,7 @@ def routing_gap(oracle: Oracle, run: object) -> float:
 def compared(
     family: str, attention: str | None, pairs: PromptPairs, direction: str
 ) -> Iterator[tuple[Model, Loop]]:
-    """A model and its loop; afterwards hardly a row may have been left out, and every kind must have moved something."""
+    """A model and its loop; at the end every kind must have moved something, and hardly a row been left out."""
     loop = Loop(oracle_of(family, attention), pairs, direction)
     yield loaded(family, attention), loop
     worst, where = max((max(errors), kind) for kind, errors in loop.differences.items())

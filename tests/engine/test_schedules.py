@@ -1,6 +1,8 @@
-"""Every schedule against the naive one, on every family: chunks cut anywhere, shared prefixes, sets of edits, constants."""
+"""Every schedule against the naive one: every family, chunks cut anywhere, shared prefixes, sets, constants."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
@@ -59,7 +61,7 @@ def assert_same(effects: list, tolerance: float = 1e-5) -> None:
 @in_both_directions
 @every_family
 def test_all_schedules_agree(family: str, direction: str) -> None:
-    """Pairs of two lengths; forward passes of at most 60 tokens, so that chunks end in the middle of a layer."""
+    """Pairs of two lengths; at most 60 tokens a forward pass, so that chunks end in the middle of a layer."""
     model = loaded(family)
     kinds = [kind for kind in has(family) if kind not in ("q", "k_rot", "mlp_pre", "resid_post")]
     plan = interp.grid(kinds, layers=[1, 2], positions=[1, 4, -1])
@@ -122,7 +124,7 @@ def test_identical_prompts_move_nothing(schedule: str, direction: str) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama_gqa", "gemma2", "gpt_neox", "bloom", "phi3"])
 def test_in_bf16(family: str) -> None:
-    """Within 4 units in the last place of bf16 (2⁻⁸) of the largest logit: each schedule rounds sums of its own shape."""
+    """Within 4 · 2⁻⁸ (bf16's precision) of the largest logit: each schedule rounds sums of its own shape."""
     model = loaded(family, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
     kinds = [kind for kind in ("resid_pre", "attn_out", "mlp_out", "pattern", "z") if kind in has(family)]
@@ -156,7 +158,7 @@ def test_reads_and_edits_in_bf16_do_not_turn_into_fp32() -> None:
 
 
 def check_sets(family: str, direction: str, members: dict, patches: dict, pairs: PromptPairs) -> None:
-    """Each set by each schedule, against the oracle's run with the same patches (built for one pair's two prompts)."""
+    """Each set by each schedule, against the oracle with the same patches, built from what a pair's source run is."""
     model, oracle = loaded(family), oracle_of(family)
     effects = runs(model, pairs, interp.sets(members), direction, max_tokens=70)
     assert_same(effects)
@@ -165,7 +167,7 @@ def check_sets(family: str, direction: str, members: dict, patches: dict, pairs:
         sides = [list(pairs.clean[pair]), list(pairs.corrupted[pair])]  # type: ignore[index]
         base, source = sides if direction == "noising" else sides[::-1]
         for name, build in patches.items():
-            want = oracle.run(base, build(lambda kind, layer: oracle.read(source, kind, layer)))[-1] @ WEIGHTS
+            want = oracle.run(base, build(partial(oracle.read, source)))[-1] @ WEIGHTS
             got = float(effects[-1].values.sel(component=name)[pair])
             assert got == pytest.approx(float(want), abs=1e-5 * max(1.0, abs(float(want)))), name
 
@@ -184,7 +186,9 @@ def test_sets_of_sites_are_patched_together(family: str, direction: str) -> None
     }
     patches = {
         "heads": lambda of: [
-            Patch("z", 0, of("z", 0), head=1), Patch("z", 2, of("z", 2), head=3), Patch("v", 1, of("v", 1), head=0)
+            Patch("z", 0, of("z", 0), head=1),
+            Patch("z", 2, of("z", 2), head=3),
+            Patch("v", 1, of("v", 1), head=0),
         ],
         "mixed": lambda of: [
             Patch("mlp_out", 0, of("mlp_out", 0), (3,)),
@@ -260,7 +264,7 @@ def test_constants(family: str, direction: str) -> None:
 
 
 def test_one_operation_for_a_whole_plan() -> None:
-    """`with_edit` turns any plan into one of constants, which needs no corrupted prompts of the oracle."""
+    """`with_edit` turns any plan into one of constants, here without a use for the source run."""
     plan = interp.heads("z", layers=[1]).with_edit("set", 0.0)
     effects = runs(loaded("gpt2"), pairs_of(7, differ=0), plan, max_tokens=30)
     assert_same(effects)
@@ -328,5 +332,5 @@ def test_every_metric_sees_the_clean_and_the_corrupted_run_of_its_own_pair(direc
 
 
 def test_a_schedule_that_does_not_exist() -> None:
-    with pytest.raises(PlanError, match="unknown schedule 'fast'.*naive, rows, growing, prefix"):
+    with pytest.raises(PlanError, match="unknown schedule 'fast'"):
         interp.patch(loaded("gpt2"), pairs_of(6), interp.grid("z"), weighed, schedule="fast")
