@@ -40,7 +40,8 @@ class Place:
     def columns(self, encoded: EncodedPairs, pair: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """(clean positions, corrupted positions) in one pair, or None where the pair is too short."""
         if self.name is not None:
-            return encoded.positions[self.name][pair]
+            clean, corrupted = encoded.positions[self.name][pair]
+            return clean, clean if encoded.corrupted is None else corrupted
         assert self.at is not None
         length = len(encoded.clean[pair])
         if any(not -length <= position < length for position in self.at):
