@@ -154,7 +154,8 @@ def _run(
             groups = [sites[start : start + size] for start in range(0, len(sites), size)]
         parts: dict[Site2, np.ndarray] = {}
         for group in groups:
-            rows = _step_rows(context, block, group, alphas, method)
+            moved = [(0, "resid_pre")] if method == "ig" else group
+            rows = step_rows(context, block, moved, alphas, grow=method != "ig") if method.startswith("ig") else []
             chunk = compile_chunk(rows, mixed, "growing", pairs=block, width=width)
             program = gradient_program(chunk.program, len(block), group)
             steps = len(alphas)
@@ -187,19 +188,19 @@ def _fractions(sites: list[Site2], alphas: tuple[float, ...], method: str) -> di
     return {(0, "resid_pre"): values} if method == "ig" else dict.fromkeys(sites, values)
 
 
-def _step_rows(
-    context: Context, block: list[int], sites: list[Site2], alphas: tuple[float, ...], method: str
+def step_rows(
+    context: Context, block: Sequence[int], sites: Sequence[Site2], alphas: tuple[float, ...], grow: bool = False
 ) -> list[Row]:
-    """Rows between base and source: of the stream that enters block 0 ("ig"), or of each site ("ig-activations")."""
-    if not method.startswith("ig"):
-        return []
-    places = [(0, "resid_pre")] if method == "ig" else sites
+    """Rows that move each site from the base run's activation to the source run's: for each pair, site and fraction.
+
+    They run from the first layer on, or join at their site's layer when they `grow`.
+    """
     rows = []
     for pair in block:
-        for layer, kind in places:
-            stage = -1 if method == "ig" else stage_of(layer, kind)
+        for layer, kind in sites:
             for step in range(len(alphas)):
                 entry = (layer, TABLE_KINDS.index(kind), OPS.index("mix"), -1, -1, -1, -1, step, SOURCE)
+                stage = stage_of(layer, kind) if grow else -1
                 rows.append(Row(pair, len(rows), stage, -len(context.base[pair]), (entry,)))
     return rows
 

@@ -62,6 +62,8 @@ class Cell:
     edges: tuple[Edge, ...] = ()
     #: edges whose difference also passes through the MLPs between sender and receiver
     through_mlps: bool = False
+    #: edges that are cut, [receiver, sender] in the order of `interp.engine.edges`, or None
+    cut: Any = None
 
 
 @dataclass(frozen=True)

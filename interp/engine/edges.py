@@ -10,7 +10,7 @@ A program's `edges` is a dictionary with `mode`:
               source run's contribution of `sender` instead of the base run's
     "cut"     `rows`, `mask [row, receiver, sender]` (True = cut), `reference`: every receiver of these rows reads, for cut
               edges, the reference's contribution instead of this run's own. `reference` is "source" (row `source [row]`),
-              "zero", or constants `[sender, position or 1, d_model]`
+              "zero", or constants `[sender, position or 1, d_model]`; `origin [row]` is each row's base row
 """
 
 from __future__ import annotations
@@ -81,7 +81,11 @@ class Edges:
     def wants(self, layer: int, kind: str) -> bool:
         """Whether any receiver of this kind at this layer is changed."""
         if self.mode == "cut":
-            return kind in ("q", "k", "v", "mlp", "logits")
+            if kind not in ("q", "k", "v", "mlp", "logits"):
+                return False
+            first = receiver_index(self.taps, layer, kind)
+            count = {"q": self.taps["n_heads"], "mlp": 1, "logits": 1}.get(kind, self.taps["n_kv_heads"])
+            return bool(self.spec["mask"][:, first : first + count].any())
         return (layer, kind) in self.by_layer
 
     def at_tap(self, layer: int, kinds: tuple[str, ...]) -> bool:
@@ -155,19 +159,23 @@ class Edges:
         return reads[:, 0].to(like.device), reads[:, 1].to(like.device), reads[:, 2], columns, delta
 
     def cut_change(self, layer: int, kind: str, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """ "cut": (rows, Δ `[row, read, position, d_model]`) of the reads of a kind at a layer."""
+        """ "cut": (rows, Δ `[row, read, position, d_model]`) of the reads of a kind at a layer.
+
+        A row that joined later was its base row until then.
+        """
         spec = self.spec
-        rows = spec["rows"].to(like.device)
-        own = torch.cat([part[rows] for part in self.parts], dim=1)
+        here = spec["rows"] < len(like)  # rows that have joined
+        rows, origin = spec["rows"][here].to(like.device), spec["origin"][here].to(like.device)
+        own = torch.cat([part[torch.where(rows < len(part), rows, origin)] for part in self.parts], dim=1)
         first = receiver_index(self.taps, layer, kind)
-        mask = spec["mask"][:, first : first + count, : own.shape[1]].to(like.device, like.dtype)
+        mask = spec["mask"][here, first : first + count, : own.shape[1]].to(like.device, like.dtype)
         if isinstance(spec["reference"], Tensor):
             other = spec["reference"][None, : own.shape[1]].to(like.device, like.dtype)
             change = other - own
         elif spec["reference"] == "zero":
             change = -own
         else:
-            source = spec["source"].to(like.device)
+            source = spec["source"][here].to(like.device)
             change = torch.cat([part[source] for part in self.parts], dim=1) - own
         return rows, torch.einsum("rks,rspm->rkpm", mask, change)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -21,9 +23,10 @@ from ..models.model import Model
 from ..pairs import EncodedPairs, PromptPairs
 from ..plan import Plan, Resolved
 from ..seeds import current_seed
-from .schedule import SCHEDULES, Context, Job, check_direction, constants, make_job
-
-PACKAGES = ("interp", "torch", "transformers", "nnsight")
+from .backoff import run_parts
+from .checkpoint import Checkpoint, read_identity
+from .identity import PACKAGES, identify
+from .schedule import SCHEDULES, Context, Job, Noise, check_direction, constants, make_job
 
 
 def token_budget(model: Model) -> int:
@@ -120,7 +123,8 @@ def context_of(model: Model, encoded: EncodedPairs, direction: str, resolved: Re
     values, indices = constants(resolved)
     accepts = frozenset(inspect.signature(type(model.hf).forward).parameters)
     cache = DynamicCache if schedule == "prefix" else None
-    return Context(encoded, direction, model.taps, accepts, cache, values, indices)
+    cuts = {number: cell.cut for number, cell in enumerate(resolved.cells) if cell.cut is not None}
+    return Context(encoded, direction, model.taps, accepts, cache, values, indices, cuts=cuts)
 
 
 def run_plan(
@@ -136,37 +140,49 @@ def run_plan(
     progress: bool | None = None,
     checkpoint: Any = None,
     needs_source: bool = True,
+    rewrite: Callable[[Resolved], Resolved] | None = None,
+    noise: Noise | None = None,
+    reference: Any = "source",
+    details: Mapping[str, Any] | None = None,
 ) -> Effects:
-    """Every cell of a plan on every pair, as `Effects`. All methods that patch come through here."""
+    """Every cell of a plan on every pair, as `Effects`. All methods that patch come through here.
+
+    Args:
+        rewrite: what a method makes of the plan's cells (constants in place of sources, windows of layers).
+        noise: on the base run's embeddings.
+        reference: what stands in for cut edges, see `interp.engine.edges`.
+        details: facts of the method, for provenance and for the identity of a checkpoint.
+    """
     encoded = model.encode(pairs)
     check_direction(direction, encoded, needs_source)
     resolved = plan.resolve(model, encoded)
-    schedule = choose_schedule(model, schedule)
+    resolved = resolved if rewrite is None else rewrite(resolved)
+    begun = read_identity(checkpoint)  # what was begun goes on with the same chunks
+    schedule = choose_schedule(model, begun.get("schedule", schedule) if schedule == "auto" else schedule)
     check_metric(metric, encoded, model.vocab_size)
-    context = context_of(model, encoded, direction, resolved, schedule)
-    budget = budget or token_budget(model)
-    identity = {
-        "model": model.name,
-        "revision": model.revision,
-        "dtype": str(model.dtype),
-        "metric": getattr(metric, "__qualname__", repr(metric)),
-        "budget": budget,
-        "method": method,
-    }
+    context = replace(context_of(model, encoded, direction, resolved, schedule), noise=noise, reference=reference)
+    details = dict(details or {})
+    budget = budget or begun.get("budget") or token_budget(model)
+    identity = {}
+    if checkpoint is not None:  # this reads every weight
+        identity = identify(model, context, resolved, metric, method, schedule, budget, details)
     job = make_job(resolved, context, schedule, budget, identity)
-    base, source, values = run_job(model, job, metric, resolved, progress=progress, checkpoint=checkpoint)
-    record = provenance(
-        model,
-        encoded,
-        pairs,
-        method=method,
-        plan=resolved.spec,
-        metric=getattr(metric, "__name__", repr(metric)),
-        direction=direction,
-        schedule=schedule,
-        budget=budget,
-        forwards=len(job.chunks) + len(job.prepare),
-    )
+    if checkpoint is not None:
+        sizes = [len(chunk.program["scored"]) for chunk in job.chunks]
+        checkpoint = Checkpoint(checkpoint, identity, job.digest, sizes)
+    base, source, values, notes = run_job(model, job, metric, resolved, progress=progress, checkpoint=checkpoint)
+    facts = {
+        "method": method,
+        "plan": resolved.spec,
+        "metric": getattr(metric, "__name__", repr(metric)),
+        "direction": direction,
+        "schedule": schedule,
+        "budget": budget,
+        "forwards": len(job.chunks) + len(job.prepare),
+        **details,
+        **notes,
+    }
+    record = provenance(model, encoded, pairs, **facts)
     return make_effects(resolved, values, base, source, direction, record)
 
 
@@ -203,9 +219,9 @@ def run_job(
     resolved: Resolved,
     *,
     progress: bool | None = None,
-    checkpoint: Any = None,
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Base metric `[pair]`, source metric `[pair]` (or None), patched metric `[cell, pair]`."""
+    checkpoint: Checkpoint | None = None,
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, dict[str, Any]]:
+    """Base metric `[pair]`, source metric `[pair]` (or None), patched metric `[cell, pair]`, notes for provenance."""
     n_pairs = len(job.context.base)
     streams = 2 if job.context.source is not None else 1
     base = np.full(n_pairs, np.nan, dtype=np.float32)
@@ -229,7 +245,7 @@ def run_job(
             bar.set_postfix_str(f"layer {max(0, chunk.rows[-1].stage)}")
 
     with bar:
-        run_chunks(model, job, metric, place, checkpoint)
+        notes = run_chunks(model, job, metric, place, checkpoint)
     for number, pair in job.untouched:
         values[number, pair] = base[pair]
     bad = np.isnan(base).any() or (source is not None and np.isnan(source).any())
@@ -239,31 +255,29 @@ def run_job(
             f"metric {getattr(metric, '__name__', metric)!r} gave NaN on this model's logits (dtype {model.dtype}); "
             "check the model for overflow, or the metric"
         )
-    return base, source, values
+    return base, source, values, notes
 
 
 def run_chunks(
-    model: Model, job: Job, metric: Metric, place: Callable[[int, np.ndarray], None], checkpoint: Any
-) -> None:
-    """Send the chunks that are not finished yet to the backend, prepared runs before the chunks that use them."""
-    finished: set[int] = set()
-    programs: list[dict[str, Any]] = []
-    owner: list[int | None] = []
-    ready: int | None = None
-    for index, chunk in enumerate(job.chunks):
-        if index in finished:
-            continue
-        block = job.block[index]
-        if block is not None and block != ready:
-            programs.append(job.prepare[block])
-            owner.append(None)
-            ready = block
-        programs.append(chunk.program)
-        owner.append(index)
+    model: Model, job: Job, metric: Metric, place: Callable[[int, np.ndarray], None], checkpoint: Checkpoint | None
+) -> dict[str, Any]:
+    """Run the chunks that are not finished yet; `place(chunk, scores [scored])` for every one, in order.
 
-    def done(number: int, scores: torch.Tensor) -> None:
-        index = owner[number]
-        if index is not None:
-            place(index, scores.float().cpu().numpy())
+    Returns what the provenance must say: `oom_backoff` where chunks ran in parts, so that their numbers equal those of
+    an undisturbed run to tolerance only.
+    """
+    divided = False
 
-    model.backend.run(model, programs, metric, done)
+    def finish(index: int, scores: np.ndarray, in_parts: bool) -> None:
+        nonlocal divided
+        divided |= in_parts
+        if checkpoint is not None:
+            checkpoint.add(scores, in_parts)
+        place(index, scores)
+
+    with checkpoint or nullcontext():
+        finished = checkpoint.finished if checkpoint is not None else []
+        for index, scores in enumerate(finished):
+            place(index, scores)
+        run_parts(model, job, metric, range(len(finished), len(job.chunks)), finish)
+    return {"oom_backoff": True} if divided or (checkpoint is not None and checkpoint.divided) else {}

@@ -48,6 +48,7 @@ class Row:
     entries: tuple[tuple[int, ...], ...]
     edges: tuple[tuple[int, ...], ...] = ()
     helper: Row | None = None
+    cut: bool = False  # its cell names edges that are cut
 
 
 SOURCE, BASE, HELPER = range(3)
@@ -94,6 +95,9 @@ class Context:
     cache_class: type | None
     values: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     indices: dict[tuple[int, str, Any], int] = field(default_factory=dict)
+    #: what stands in for cut edges: "source", "zero", or constants [sender, position or 1, d_model]
+    reference: Any = "source"
+    cuts: dict[int, Any] = field(default_factory=dict)
     want_logits: bool = False
     noise: Noise | None = None
 
@@ -206,7 +210,11 @@ def make_rows(resolved: Resolved, context: Context, prune: bool) -> tuple[list[R
                 stage = min(stage, stage_of(layer, site.kind))
             if not exists:
                 continue
-            if cell.edges:
+            if cell.cut is not None:
+                counterfactual = context.reference == "source" and differs is not None
+                start = (differs[pair] if counterfactual and differs is not None else 0) - base
+                rows.append(Row(pair, number, cut_stage(cell.cut, context.taps), start, (), cut=True))
+            elif cell.edges:
                 start = (differs[pair] if differs is not None else 0) - base
                 plain = Row(pair, number, stage, first, tuple(entries))
                 row = edge_row(cell, number, pair, start, base, context.taps, plain)
@@ -219,6 +227,13 @@ def make_rows(resolved: Resolved, context: Context, prune: bool) -> tuple[list[R
             else:
                 rows.append(Row(pair, number, stage, first, tuple(entries)))
     return rows, untouched
+
+
+def cut_stage(cut: Any, taps: dict[str, Any]) -> int:
+    """The lowest layer at which any edge is cut; the number of layers where only the logits' edges are."""
+    cut_rows = cut.any(1).nonzero()[0]
+    per_layer = taps["n_heads"] + 2 * taps["n_kv_heads"] + 1
+    return int(cut_rows[0]) // per_layer if len(cut_rows) else int(taps["n_layers"])
 
 
 def edge_row(cell: Cell, number: int, pair: int, start: int, length: int, taps: dict[str, Any], plain: Row) -> Row:
@@ -345,13 +360,23 @@ def compile_chunk(
                 [
                     (number, position + width - len(base[pair]) - start_column, seed)
                     for number, pair in [(place[pair, False], pair) for pair in pairs]
-                    + [(number_of[id(row)], row.pair) for row in early]
+                    + [(number_of[row], row.pair) for row in early]
                     for position, seed in context.noise.at[pair]
                     if position + width - len(base[pair]) >= start_column
                 ]
             ).reshape(-1, 3),
         }
-    if changed:
+    cut = [row for row in ordered if row.cut]
+    if cut:
+        program["edges"] = {
+            "mode": "cut",
+            "rows": torch.tensor([number_of[row] for row in cut]),
+            "origin": torch.tensor([place[row.pair, False] for row in cut]),
+            "source": torch.tensor([place.get((row.pair, True), -1) for row in cut]),
+            "mask": torch.stack([torch.as_tensor(context.cuts[row.cell]) for row in cut]),
+            "reference": context.reference,
+        }
+    elif changed:
         program["edges"] = {"mode": "patch", "table": torch.tensor(changed, dtype=torch.int32)}
     return Chunk(program, pairs, tuple(patched))
 
@@ -450,6 +475,7 @@ def first_layer(rows: Sequence[Row], taps: dict[str, Any]) -> int:
     for row in rows:
         for part in (row, row.helper) if row.helper is not None else (row,):
             layers.append(max(0, part.stage))
+            layers += [0] * row.cut
             layers += [max(0, (sender - 1) // (taps["n_heads"] + 1)) for sender, *_ in part.edges]
     return min(layers)
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from ..edits import apply_group, group_edits
 from ..metrics import score
 from ..models.views import at, attention_pattern, features, mix_values, output_matrix
+from .edge_gradients import edge_scores, edge_tapes
 from .edges import Edges
 from .gradients import Tape, attributions, wanted_tapes
 from .readout import lens_rows, readout
@@ -280,7 +281,7 @@ def walk(model: Any, run: Run) -> None:
                 edit_probabilities(run, layer, tap)
             elif "mlp_in" in kinds:
                 whole = tap.input
-                x = run.visit(layer, "mlp_in", run.by_row(whole))
+                x = run.visit(layer, "mlp_in", run.by_row(whole), raw=whole if whole.ndim == 3 else None)
                 if run.edges is not None:
                     x = run.edges.mlp_input(layer, block, x)
                 tap.input = x.flatten(0, 1) if whole.ndim == 2 else x
@@ -419,18 +420,26 @@ def execute_gradients(
     programs: list[dict[str, Any]],
     metric: Callable[..., Tensor],
 ) -> list[dict[str, Any]]:
-    """Run gradient programs, each in one trace: {"metric": [scored], "attributions": {site: …}}."""
+    """Run gradient programs, each in one trace: {"metric": [scored], "attributions": {site: …}}.
+
+    A program with `by_edge` gives {"edges": [pair, receiver, sender]} instead, see `interp.engine.edge_gradients`.
+    """
     results = []
     for program in programs:
         run = Run(taps, program)
-        wanted = wanted_tapes(taps, program)
+        by_edge = program.get("by_edge", False)
+        wanted = edge_tapes(taps) if by_edge else wanted_tapes(taps, program)
         run.tape = Tape(wanted)
         run.active |= wanted
         with torch.enable_grad():
             with model.trace(**program["inputs"]):
                 found = nnsight.save({})
                 forward(model, run, metric, found)
-                found["attributions"] = attributions(model, taps, program, run.tape, found["metric"])
+                if by_edge:
+                    total = found["metric"][program["gradient"].flatten().to(found["metric"].device)].sum()
+                    found["edges"] = edge_scores(model, taps, program, run.tape, total)
+                else:
+                    found["attributions"] = attributions(model, taps, program, run.tape, found["metric"])
                 found["metric"] = found["metric"].detach()
                 found["reads"] = {}
         results.append(found)
@@ -442,3 +451,14 @@ def scores(
 ) -> Tensor:
     """The metric of every program behind one another `[scored, of all]`: all that need come back from a server."""
     return torch.cat([found["metric"].cpu() for found in execute(model, taps, programs, metric)])
+
+
+def mean_contributions(model: Any, taps: dict[str, Any], program: dict[str, Any]) -> Tensor:
+    """What each sender writes in the one row of a program: `[sender, position, d_model]`."""
+    run = Run(taps, program)
+    with torch.no_grad():
+        with model.trace(**program["inputs"]):
+            walk(model, run)
+            assert run.edges is not None
+            written = nnsight.save(torch.cat([part[0].cpu() for part in run.edges.parts]))
+    return written

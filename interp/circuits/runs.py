@@ -1,0 +1,131 @@
+"""Running circuits: every edge outside is cut, and its receiver reads a reference's contribution in place of this run's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..effects import Effects
+from ..engine.reading import encode_prompts
+from ..engine.run import run_plan
+from ..engine.trace import mean_contributions
+from ..errors import CircuitError
+from ..metrics import Metric, logit_diff
+from ..models.model import Model
+from ..pairs import EncodedPairs, PromptPairs
+from ..plan import Cell, Resolved
+from .circuit import Circuit
+from .nodes import Facts
+
+ABLATIONS = ("counterfactual", "mean", "positional_mean", "zero")
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A plan whose cells are given outright; `dim` labels them."""
+
+    dim: str
+    labels: tuple[Any, ...]
+    cells: tuple[Cell, ...]
+    spec: Mapping[str, Any]
+
+    def resolve(self, model: Any, encoded: EncodedPairs) -> Resolved:
+        """The cells as they are; pairs must be aligned."""
+        encoded.require_aligned("a circuit")
+        return Resolved(((self.dim, self.labels),), self.cells, dict(self.spec))
+
+
+def check_ablation(ablation: str, pairs: PromptPairs) -> None:
+    """Raises CircuitError for an unknown ablation, or a counterfactual one without corrupted prompts."""
+    if ablation not in ABLATIONS:
+        raise CircuitError(f"unknown ablation {ablation!r}; the ablations are: {', '.join(ABLATIONS)}")
+    if ablation == "counterfactual" and pairs.corrupted is None:
+        raise CircuitError("counterfactual ablation needs PromptPairs(corrupted=[...]); or use ablation='mean' or 'zero'")
+
+
+def reference_of(model: Model, pairs: PromptPairs, ablation: str, reference: Any = None) -> Any:
+    """What stands in for a cut edge: the source run, zero, or mean contributions over reference prompts.
+
+    Means are over the reference prompts (the pairs' own clean ones by default) and, for "mean", their positions.
+    """
+    check_ablation(ablation, pairs)
+    if ablation == "counterfactual":
+        return "source"
+    if ablation == "zero":
+        return "zero"
+    prompts = encode_prompts(model, pairs if reference is None else reference).clean
+    if ablation == "positional_mean" and len({len(prompt) for prompt in prompts}) > 1:
+        raise CircuitError("positional_mean needs reference prompts of one length; use ablation='mean'")
+    from ..engine.reading import read_program
+
+    total: torch.Tensor | None = None
+    count = 0
+    for prompt in prompts:
+        program = read_program(model, [prompt])
+        program["edges"] = {
+            "mode": "cut",
+            "rows": torch.zeros(0, dtype=torch.long),
+            "origin": torch.zeros(0, dtype=torch.long),
+            "mask": torch.zeros(0, 1, 1, dtype=torch.bool),
+            "reference": "zero",
+        }
+        parts = model.backend.call(model, mean_contributions, model.taps, program)
+        part = parts if ablation == "positional_mean" else parts.sum(1, keepdim=True)
+        total = part if total is None else total + part
+        count += 1 if ablation == "positional_mean" else len(prompt)
+    assert total is not None
+    return total / count
+
+
+def run_masks(
+    model: Model,
+    pairs: PromptPairs,
+    kept: Sequence[np.ndarray],
+    ablation: str = "counterfactual",
+    metric: Metric = logit_diff,
+    *,
+    labels: Sequence[Any] | None = None,
+    reference: Any = None,
+    **options: Any,
+) -> Effects:
+    """The metric of several circuits given as kept-edge masks `[sender, receiver]`: dims (circuit, pair).
+
+    `reference` is what `reference_of` returned, or None to compute it. Base clean, source corrupted.
+    """
+    facts = Facts.of(model)
+    possible = facts.mask
+    source = reference_of(model, pairs, ablation) if reference is None else reference
+    cells = tuple(Cell((number,), cut=(possible & ~mask).T.copy()) for number, mask in enumerate(kept))
+    spec = {"circuits": [int(mask.sum()) for mask in kept], "ablation": ablation}
+    plan: Any = Cells("circuit", tuple(range(len(kept)) if labels is None else labels), cells, spec)
+    return run_plan(
+        model, pairs, plan, metric, "noising", method="circuit", reference=source, needs_source=source == "source"
+        if isinstance(source, str) else False, **options
+    )
+
+
+def run_circuit(
+    model: Model,
+    pairs: PromptPairs,
+    circuit: Circuit,
+    ablation: str = "counterfactual",
+    metric: Metric = logit_diff,
+    **options: Any,
+) -> np.ndarray:
+    """The metric of a circuit with all else ablated, per pair `[pair]`.
+
+    Args:
+        ablation: what cut edges carry: "counterfactual" (the corrupted run's contributions), "mean" or "positional_mean"
+            (over the pairs' clean prompts, or `reference=` prompts), "zero".
+
+    Raises:
+        CircuitError, PairsError, MetricError: before the model runs.
+    """
+    prompts = options.pop("reference", None)
+    reference = reference_of(model, pairs, ablation, prompts)
+    found = run_masks(model, pairs, [circuit.matrix(model)], ablation, metric, reference=reference, **options)
+    return found.values.values[0]

@@ -1,0 +1,99 @@
+"""Edge attribution inside a trace: Δ of what a sender writes times the gradient of what a receiver reads.
+
+The gradient of a head's read comes from the gradient at the q, k or v projection's output, through that head's rows of
+the projection and the norm's vector-Jacobian product; no stream is copied per head in the forward pass. Standard library
+and torch only: these functions also travel to a remote server.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.views import at, features, matrix
+from .edges import head_contributions, receiver_index, sender_index
+from .gradients import Tape, averaged, backward
+
+
+def edge_tapes(taps: dict[str, Any]) -> set[tuple[int, str]]:
+    """The sites that edge attribution tapes: what senders write, and where receivers read."""
+    stream = "resid_pre" if taps["parallel"] else "resid_mid"
+    kinds = {"q", "k", "v", "z", "mlp_in", "mlp_out", "resid_pre", stream}
+    last = taps["n_layers"] - 1
+    return {(layer, kind) for layer in range(last + 1) for kind in kinds} | {(last, "resid_post")}
+
+
+def pull_back(norm: Any, x: Tensor, cotangent: Tensor) -> Tensor:
+    """Vector-Jacobian product of a norm at `x [row, position, d_model]` for many cotangents `[row, read, …]` at once."""
+    if norm is None:
+        return cotangent
+    with torch.enable_grad():
+        copies = x.detach().unsqueeze(1).expand(-1, cotangent.shape[1], -1, -1).clone().requires_grad_(True)
+        out = norm(copies)
+        return torch.autograd.grad(out, copies, cotangent.to(out.dtype))[0]
+
+
+def read_gradients(
+    model: Any, taps: dict[str, Any], program: dict[str, Any], tape: Tape, gradients: dict[tuple[int, str], Tensor], layer: int
+) -> Tensor:
+    """Gradient of the metric by what each receiver of a layer reads: `[pair, receiver, position, d_model]`, q, k, v, mlp."""
+    block = at(model, taps["layers"])[layer]
+    rows = program["gradient"]
+    flat = rows.flatten()
+    reads = []
+    stream = tape.value[layer, "resid_pre"]
+    norm = at(block, taps["norm1"]) if taps["norm1"] else None
+    for place, kind in enumerate("qkv"):
+        gradient = gradients[layer, kind]
+        index = features(taps, kind).to(gradient.device)
+        by_head = gradient[flat.to(gradient.device)][..., index]
+        weight = matrix(at(block, taps["qkv"][place]))[index]
+        reads.append(torch.einsum("rphd,hdm->rhpm", by_head, weight))
+    attention = pull_back(norm, stream[flat.to(stream.device)], torch.cat(reads, dim=1))
+    middle = stream if taps["parallel"] else tape.value[layer, "resid_mid"]
+    norm = at(block, taps["norm2"]) if taps["norm2"] else None
+    entering = gradients[layer, "mlp_in"][flat.to(middle.device)].unsqueeze(1)
+    mlp = pull_back(norm, middle[flat.to(middle.device)], entering)
+    both = torch.cat([attention, mlp.to(attention.device)], dim=1)
+    return both.unflatten(0, tuple(rows.shape)).mean(1)
+
+
+def edge_scores(model: Any, taps: dict[str, Any], program: dict[str, Any], tape: Tape, total: Tensor) -> Tensor:
+    """Attributions of every edge: `[pair, receiver, sender]`; zero where there is no edge."""
+    sites = list(tape.live)
+    gradients = backward(tape, total, sites, retain=False)
+    layers, end = at(model, taps["layers"]), taps["n_layers"]
+    base, source = program["base"], program["from"]
+    count = sender_index(taps, end - 1, None) + 1
+    out = torch.zeros(len(base), receiver_index(taps, end, "logits") + 1, count)
+    changes: list[Tensor] = []
+
+    def record(part: Tensor) -> None:
+        half = len(base)
+        changes.append(part[half:] - part[:half])
+
+    def streams(layer: int, kind: str) -> Tensor:
+        x = tape.value[layer, kind]
+        return x[torch.cat([base, source]).to(x.device)]
+
+    def put(first: int, read: Tensor) -> None:
+        written = torch.cat([change.to(read.device) for change in changes], dim=1)
+        found = torch.einsum("bsm,brm->brs", written.flatten(2), read.flatten(2))
+        out[:, first : first + read.shape[1], : written.shape[1]] = found.float().cpu()
+
+    record(streams(0, "resid_pre").unsqueeze(1))
+    for layer in range(end):
+        read = read_gradients(model, taps, program, tape, gradients, layer)
+        put(receiver_index(taps, layer, "q"), read[:, :-1])
+        heads = head_contributions(taps, layers[layer], streams(layer, "z"))
+        if taps["parallel"]:
+            put(receiver_index(taps, layer, "mlp"), read[:, -1:])
+        record(heads)
+        if not taps["parallel"]:
+            put(receiver_index(taps, layer, "mlp"), read[:, -1:])
+        record(streams(layer, "mlp_out").unsqueeze(1))
+    final = gradients[end - 1, "resid_post"]
+    put(receiver_index(taps, end, "logits"), averaged(program, final).unsqueeze(1))
+    return out
