@@ -134,7 +134,8 @@ class Edges:
                 if first + offset in self.needed:
                     self.deltas[first + offset] = parts[half:, offset] - parts[:half, offset]
             return
-        parts = head_contributions(taps, block, x) if what == "heads" else x.unsqueeze(1)
+        # a copy of x: a block may add to it in place later (Falcon)
+        parts = head_contributions(taps, block, x) if what == "heads" else x.unsqueeze(1).clone()
         self.parts.append(parts)
 
     # ---- reads -------------------------------------------------------------------------------------------------
