@@ -213,12 +213,15 @@ def make_rows(resolved: Resolved, context: Context, prune: bool) -> tuple[list[R
             if cell.cut is not None:
                 counterfactual = context.reference == "source" and differs is not None
                 start = (differs[pair] if counterfactual and differs is not None else 0) - base
-                rows.append(Row(pair, number, cut_stage(cell.cut, context.taps), start, (), cut=True))
+                if prune and start > answer:
+                    untouched.append((number, pair))
+                else:
+                    rows.append(Row(pair, number, cut_stage(cell.cut, context.taps), start, (), cut=True))
             elif cell.edges:
                 start = (differs[pair] if differs is not None else 0) - base
                 plain = Row(pair, number, stage, first, tuple(entries))
                 row = edge_row(cell, number, pair, start, base, context.taps, plain)
-                if row.entries or row.edges:
+                if (row.entries or row.edges) and (not prune or row.first <= answer):
                     rows.append(row)
                 else:
                     untouched.append((number, pair))
@@ -252,6 +255,8 @@ def edge_row(cell: Cell, number: int, pair: int, start: int, length: int, taps: 
         index = edges.sender_index(taps, layer, sender.head)
         columns = [None if site.position is None else site.position % length for site in (sender, receiver)]
         places = {column for column in columns if column is not None}
+        if any(column < length + start for column in places):
+            continue  # both runs are alike there
         end = taps["n_layers"] if receiver.kind == "logits" else receiver.layer or 0
         if not cell.through_mlps:
             if len(places) == 2:
@@ -278,11 +283,13 @@ def edge_row(cell: Cell, number: int, pair: int, start: int, length: int, taps: 
     first = min(start, plain.first)
     if not cell.through_mlps:
         return Row(pair, number, min(stages), first, tuple(entries), tuple(changed))
+    if not held and not sent:
+        return Row(pair, number, plain.stage, plain.first, plain.entries)
     frozen = (*dict.fromkeys(held),) + tuple(
         (layer, TABLE_KINDS.index("z"), REPLACE, -1, -1, -1, -1, -1, BASE) for layer in range(lowest + 1, taps["n_layers"])
     )
     helper = Row(pair, -1, max(0, lowest), first, frozen, tuple(sent.values()))
-    if all(edge.receiver.kind == "logits" for edge in cell.edges):
+    if all(edge.receiver == Site("logits") for edge in cell.edges):
         return Row(pair, number, helper.stage, first, (*plain.entries, *frozen), helper.edges)
     return Row(pair, number, min(stages), first, tuple(entries), helper=helper)
 
