@@ -56,7 +56,7 @@ def run_parts(
         BackendError: a single row does not fit.
     """
     parts = deque(Part(index, job.chunks[index], job.block[index]) for index in todo)
-    limit, alone = math.inf, False
+    limit, count = math.inf, len(parts)
     gathered: np.ndarray | None = None
     unprepared: set[int] = set()
 
@@ -76,18 +76,17 @@ def run_parts(
             gathered = None
 
     while parts:
-        sent = [parts[0]] if alone else list(parts)
+        sent = list(parts)[:count]
         said, prepared = send(model, job, metric, sent, done)
         if said is None:
-            alone = False
+            count *= 4  # a server whose requests fail as a whole then repeats little
             continue
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        if not alone and len(sent) > 1:
-            alone = True  # a server does not say which program of a request it was
-            continue
-        alone = False
+        count = 1
+        if len(sent) > 1:
+            continue  # the first alone: a server does not say which program of a request it was
         part = parts[0]
         if part.block is not None and (not prepared or not halves(job, part)):
             unprepared.add(part.block)
