@@ -1,34 +1,89 @@
 """Experiments of mechanistic interpretability on unmodified HuggingFace models."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import tasks
 from .effects import Effects
-from .metrics import kl, log_prob, logit_diff, prob, prob_diff, rank
+from .metrics import kl, log_prob, logit_diff, prob, rank
 from .models.model import Model, load_model
 from .pairs import PromptPairs
 from .patching import comprehensive_activation_patching, patch
+from .paths import path_patch
 from .plan import Plan, grid, heads, neurons, sets
 from .seeds import set_seed
 from .sites import Site
 
+if TYPE_CHECKING:
+    from .ablation import ablate
+    from .attribution import attribute
+    from .circuits import Circuit, discover, evaluate_circuit, iterative_pruning, run_circuit
+    from .collect import collect_activations
+    from .lens import direct_effects, logit_lens
+    from .plots import plot_activation_patching_results, plot_attention, plot_circuit_graph
+    from .tracing import causal_trace
+
+#: Names that are imported when they are first asked for, and the room that has them: bokeh and networkx are slow to import.
+_LATER = {
+    "Circuit": ".circuits",
+    "ablate": ".ablation",
+    "attribute": ".attribution",
+    "causal_trace": ".tracing",
+    "collect_activations": ".collect",
+    "direct_effects": ".lens",
+    "discover": ".circuits",
+    "evaluate_circuit": ".circuits",
+    "iterative_pruning": ".circuits",
+    "logit_lens": ".lens",
+    "plot_activation_patching_results": ".plots",
+    "plot_attention": ".plots",
+    "plot_circuit_graph": ".plots",
+    "run_circuit": ".circuits",
+}
+
 __all__ = [
+    "Circuit",
     "Effects",
     "Model",
     "Plan",
     "PromptPairs",
     "Site",
+    "ablate",
+    "attribute",
+    "causal_trace",
+    "collect_activations",
     "comprehensive_activation_patching",
+    "direct_effects",
+    "discover",
+    "evaluate_circuit",
     "grid",
     "heads",
+    "iterative_pruning",
     "kl",
     "load_model",
     "log_prob",
     "logit_diff",
+    "logit_lens",
     "neurons",
     "patch",
+    "path_patch",
+    "plot_activation_patching_results",
+    "plot_attention",
+    "plot_circuit_graph",
     "prob",
-    "prob_diff",
     "rank",
+    "run_circuit",
     "set_seed",
     "sets",
     "tasks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

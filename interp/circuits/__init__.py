@@ -1,16 +1,27 @@
-"""Circuits: parts of a model as graphs of Sites, in memory and in files."""
+"""Circuits: found, pruned, run with all else cut, evaluated; as graphs of Sites, in memory and in files."""
 
 from .circuit import Circuit
+from .discovery import discover
 from .eap_ig import from_eap_ig, to_eap_ig
+from .faithfulness import Evaluation, compare_circuits, evaluate_circuit, stability
 from .formats import from_graphml, from_json, to_graphml, to_json
 from .nodes import Facts
+from .pruning import iterative_pruning
+from .runs import run_circuit
 
 __all__ = [
     "Circuit",
+    "Evaluation",
     "Facts",
+    "compare_circuits",
+    "discover",
+    "evaluate_circuit",
     "from_eap_ig",
     "from_graphml",
     "from_json",
+    "iterative_pruning",
+    "run_circuit",
+    "stability",
     "to_eap_ig",
     "to_graphml",
     "to_json",

@@ -1,0 +1,243 @@
+"""Evaluation: how much of the model's behaviour a circuit keeps, at every size, and what its parts are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..errors import CircuitError
+from ..metrics import Metric, logit_diff
+from ..models.model import Model
+from ..pairs import PromptPairs
+from .circuit import Circuit
+from .discovery import discover
+from .nodes import Facts
+from .runs import reference_of, run_masks
+
+#: Sizes of circuits as fractions of all edges (or nodes), the protocol of MIB (Mueller et al. 2025).
+FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_circuit` found.
+
+    curve: a row per size: n_edges, fraction, metric, faithfulness, low, high (95 % bootstrap interval over pairs).
+    cpr: area under faithfulness over fractions, linear trapezoid: large when few edges do much.
+    cmd: area under |1 − faithfulness|: small when every size behaves as the model does.
+    full, empty: mean metric with no edge and with every edge cut.
+    """
+
+    curve: pd.DataFrame
+    cpr: float
+    cmd: float
+    full: float
+    empty: float
+    ablation: str
+    completeness: float | None = None
+    minimality: pd.DataFrame | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Evaluation(cpr={self.cpr:.3f}, cmd={self.cmd:.3f}, full={self.full:.3f}, empty={self.empty:.3f}, "
+            f"ablation={self.ablation!r})\n{self.curve.to_string(index=False, float_format=lambda x: f'{x:.4f}')}"
+        )
+
+
+def faithfulness_of(values: np.ndarray, full: np.ndarray, empty: np.ndarray) -> np.ndarray:
+    """(m(C) − m(∅)) / (m(full) − m(∅)) of means over pairs: values `[circuit, pair]` -> `[circuit]`.
+
+    Raises:
+        CircuitError: full and empty model score the same, so there is nothing to be faithful to.
+    """
+    whole = full.mean() - empty.mean()
+    if abs(whole) < 1e-12:
+        raise CircuitError(f"the full and the empty model both score {full.mean():.4g}; faithfulness has no scale here")
+    return (values.mean(-1) - empty.mean()) / whole
+
+
+def evaluate_circuit(
+    model: Model,
+    pairs: PromptPairs,
+    circuit: Circuit,
+    ablation: str = "counterfactual",
+    metric: Metric = logit_diff,
+    *,
+    fractions: Sequence[float] | None = None,
+    absolute: bool = True,
+    reference: Any = None,
+    completeness: bool = False,
+    minimality: int = 0,
+    samples: int = 1000,
+    seed: int = 0,
+    **options: Any,
+) -> Evaluation:
+    """Faithfulness of the circuit's best edges (or nodes) at every size, all else ablated.
+
+    A circuit of scores over the whole model is cut to its top fractions (MIB's sizes by default). `absolute` ranks by
+    |score|; False by score, so that edges that hurt come last.
+
+    Args:
+        completeness: also how near the model without the circuit comes to the empty one, 1 − |f(model without circuit)|.
+        minimality: also the drop of the metric when each of this many strongest edges (nodes) alone is taken out.
+        options: of `patch` (schedule, progress, max_tokens, checkpoint).
+
+    Raises:
+        CircuitError, PairsError, MetricError: before the model runs.
+    """
+    facts = Facts.of(model)
+    total = facts.n_edges if circuit.level == "edge" else len(facts.senders) - 1
+    sizes = [min(total, max(1, round(fraction * total))) for fraction in (fractions or FRACTIONS)]
+    parts = [_largest(circuit, size, absolute) for size in sizes]
+    masks = [part.matrix(facts) for part in parts]
+    everything, nothing = facts.mask, np.zeros_like(facts.mask)
+    more: list[np.ndarray] = [everything & ~circuit.matrix(facts)] if completeness else []
+    out = _taken_out(circuit, minimality)
+    more += [part.matrix(facts) for _, part in out]
+    filled = reference_of(model, pairs, ablation, reference)
+    effects = run_masks(model, pairs, [nothing, *masks, *more], ablation, metric, reference=filled, **options)
+    values, full = effects.values.values, effects.clean.values
+    empty, rows = values[0], values[1 : len(masks) + 1]
+    scores = faithfulness_of(rows, full, empty)
+    low, high = _intervals(rows, full, empty, samples, seed)
+    counts = [int(mask.sum()) for mask in masks]
+    curve = pd.DataFrame(
+        {
+            "n_edges": counts,
+            "fraction": [size / total for size in sizes],
+            "metric": rows.mean(1),
+            "faithfulness": scores,
+            "low": low,
+            "high": high,
+        }
+    )
+    if circuit.level == "node":
+        curve.insert(0, "n_nodes", sizes)
+    fraction = curve["fraction"].to_numpy()
+    complete, minimal = None, None
+    tail = values[len(masks) + 1 :]
+    if completeness:
+        complete = 1 - abs(float(faithfulness_of(tail[:1], full, empty)[0]))
+        tail = tail[1:]
+    if out:
+        kept = faithfulness_of(_whole(model, pairs, circuit, ablation, metric, filled, options), full, empty)[0]
+        drops = kept - faithfulness_of(tail, full, empty)
+        minimal = pd.DataFrame({"part": [name for name, _ in out], "drop": drops})
+    return Evaluation(
+        curve,
+        float(np.trapezoid(scores, fraction)),
+        float(np.trapezoid(np.abs(1 - scores), fraction)),
+        float(full.mean()),
+        float(empty.mean()),
+        ablation,
+        complete,
+        minimal,
+    )
+
+
+def _whole(
+    model: Model, pairs: PromptPairs, circuit: Circuit, ablation: str, metric: Metric, reference: Any, options: dict
+) -> np.ndarray:
+    """The metric of a whole circuit `[1, pair]`."""
+    mask = circuit.matrix(Facts.of(model))
+    return run_masks(model, pairs, [mask], ablation, metric, reference=reference, **options).values.values
+
+
+def _largest(circuit: Circuit, size: int, absolute: bool) -> Circuit:
+    ranked = circuit.ranking()
+    if not absolute:
+        ranked = sorted(ranked, key=lambda item: -item[1])
+    chosen = dict(ranked[:size])
+    make = Circuit.from_edges if circuit.level == "edge" else Circuit.from_nodes
+    return make(chosen, circuit.facts, circuit.meta)
+
+
+def _taken_out(circuit: Circuit, count: int) -> list[tuple[str, Circuit]]:
+    """The circuit without each of its strongest parts."""
+    scores = circuit.scores()
+    make = Circuit.from_edges if circuit.level == "edge" else Circuit.from_nodes
+    out = []
+    for name, _ in circuit.ranking()[:count]:
+        rest = {other: score for other, score in scores.items() if other != name}
+        out.append((" -> ".join(name) if isinstance(name, tuple) else name, make(rest, circuit.facts, circuit.meta)))
+    return out
+
+
+def _intervals(
+    rows: np.ndarray, full: np.ndarray, empty: np.ndarray, samples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile intervals of faithfulness, pairs drawn with replacement; NaN for one pair."""
+    pairs = rows.shape[1]
+    if pairs < 2:
+        return np.full(len(rows), np.nan), np.full(len(rows), np.nan)
+    drawn = np.random.default_rng(seed).integers(0, pairs, size=(samples, pairs))
+    base = empty[drawn].mean(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = (rows[:, drawn].mean(2) - base) / (full[drawn].mean(1) - base)
+    low, high = np.nanpercentile(found, [2.5, 97.5], axis=1)
+    return low, high
+
+
+def stability(
+    model: Model,
+    pairs: PromptPairs,
+    size: int,
+    method: str = "eap-ig",
+    metric: Metric = logit_diff,
+    *,
+    samples: int = 10,
+    seed: int = 0,
+    **options: Any,
+) -> np.ndarray:
+    """How much circuits of `size` edges agree when the pairs are drawn anew: Jaccard of each two, `[pair of samples]`."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(samples):
+        drawn = pairs[sorted(generator.integers(0, len(pairs), size=len(pairs)).tolist())]
+        found.append(discover(model, drawn, method, "edge", metric, **options).top(n_edges=size))
+    return np.array([a.jaccard(b) for i, a in enumerate(found) for b in found[i + 1 :]])
+
+
+def compare_circuits(circuit: Circuit, reference: Circuit | Sequence[Any], facts: Any = None) -> dict[str, float]:
+    """Precision, recall and AUROC of a circuit's edges (nodes) against a reference circuit.
+
+    AUROC ranks every possible edge of the model by |score|, absent edges as 0; ties count half.
+
+    Raises:
+        CircuitError: no facts to say which edges are possible, or a reference that is empty or everything.
+    """
+    facts = Facts.of(facts) if facts is not None else circuit.facts
+    if facts is None:
+        raise CircuitError("compare_circuits needs facts (a Model or Facts): which edges are possible is not known")
+    if not isinstance(reference, Circuit):
+        make = Circuit.from_edges if circuit.level == "edge" else Circuit.from_nodes
+        reference = make(list(reference), facts)
+    truth, scores, kept = _vectors(circuit, reference, facts)
+    positives = int(truth.sum())
+    if not 0 < positives < len(truth):
+        raise CircuitError(f"the reference has {positives} of {len(truth)} possible parts; there is nothing to tell apart")
+    ranks = pd.Series(np.abs(np.nan_to_num(scores))).rank().to_numpy()
+    auroc = (ranks[truth].sum() - positives * (positives + 1) / 2) / (positives * (len(truth) - positives))
+    hits = int((truth & kept).sum())
+    return {
+        "precision": hits / max(1, int(kept.sum())),
+        "recall": hits / positives,
+        "auroc": float(auroc),
+    }
+
+
+def _vectors(circuit: Circuit, reference: Circuit, facts: Facts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if circuit.level == "edge":
+        possible = facts.mask
+        return reference.matrix(facts)[possible], circuit.score_matrix(facts)[possible], circuit.matrix(facts)[possible]
+    names = [site.node for site in facts.senders]
+    scores, inside = circuit.scores(), set(reference.scores())
+    return (
+        np.array([name in inside for name in names]),
+        np.array([scores.get(name, 0.0) for name in names]),
+        np.array([name in scores for name in names]),
+    )

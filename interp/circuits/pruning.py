@@ -1,0 +1,163 @@
+"""Iterative pruning: heads and MLPs are dropped one at a time, from the last layer to the first, while nothing moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..edits import Edit
+from ..engine.reading import encode_prompts, last_layer, read
+from ..engine.run import run_plan
+from ..errors import CircuitError
+from ..metrics import Metric, logit_diff
+from ..models.model import Model
+from ..pairs import EncodedPairs, PromptPairs
+from ..plan import EVERYWHERE, Cell, Resolved
+from ..sites import Site
+from .circuit import Circuit
+from .nodes import Facts
+from .runs import Cells
+
+ABLATION_TYPES = ("zero", "mean", "resample", "counterfactual")
+#: How many nodes are tried ahead of the first whose fate is not known.
+MOST_AHEAD = 64
+
+
+def iterative_pruning(
+    model: Model,
+    prompt: str | Sequence[int] | None = None,
+    answer_tokens: Sequence[str | int] | None = None,
+    threshold: float = 0.01,
+    ablation_type: str = "mean",
+    *,
+    pairs: PromptPairs | None = None,
+    metric: Metric = logit_diff,
+    components: Sequence[str] = ("head", "mlp"),
+    reference: Any = None,
+    ahead: int = MOST_AHEAD,
+    max_tokens: int | None = None,
+    progress: bool | None = None,
+) -> Circuit:
+    """Drop every node whose ablation, all earlier drops made, changes the metric by less than the threshold.
+
+    Nodes go from the last layer to the first, one at a time, and are dropped at once; passes repeat until one drops
+    nothing. Candidates are tried in batches that assume every one before them was dropped; behind the first that stays
+    they are tried again, so the result is the same whatever the batch size.
+
+    Args:
+        prompt, answer_tokens: one prompt and [right, wrong]; or give `pairs`, whose clean prompts are used.
+        threshold: in the metric's own units, on the mean over pairs.
+        ablation_type: "mean" (over `reference` prompts, or without them over the prompts' own positions), "zero",
+            "resample" or "counterfactual" (both: the pairs' corrupted runs).
+        components: "head", "mlp" or both.
+        ahead: the largest batch; 1 tries one at a time.
+
+    Returns:
+        A node circuit; iterating over it gives its (layer, head). Scores are the change of the metric when a node was
+        last tested. `circuit.trajectory` lists every test: pass, node, change, dropped.
+
+    Raises:
+        CircuitError, PairsError, MetricError: before the model runs.
+    """
+    if pairs is None:
+        if prompt is None or answer_tokens is None:
+            raise CircuitError("iterative_pruning needs a prompt and answer_tokens=[right, wrong], or pairs=")
+        right, *wrong = answer_tokens
+        pairs = PromptPairs([prompt], None, [right], wrong[:1] or None)
+    if ablation_type not in ABLATION_TYPES:
+        raise CircuitError(f"unknown ablation_type {ablation_type!r}; the types are: {', '.join(ABLATION_TYPES)}")
+    swap = ablation_type in ("resample", "counterfactual")
+    if swap and pairs.corrupted is None:
+        raise CircuitError(f"ablation_type={ablation_type!r} takes activations from corrupted prompts; give pairs with them")
+    unknown = set(components) - {"head", "mlp"}
+    if unknown or not components:
+        raise CircuitError(f"components {list(components)}; they are 'head' and 'mlp'")
+    facts = Facts.of(model)
+    nodes = [site for site in facts.senders[:0:-1] if ("mlp" if site.kind == "mlp_out" else "head") in components]
+    edit_of = _edits(model, pairs, ablation_type, reference, nodes)
+    trajectory: list[dict[str, Any]] = []
+    dropped: list[Site] = []
+    scores: dict[Site, float] = {}
+
+    def measure(sets: list[list[Site]]) -> tuple[np.ndarray, float]:
+        cells = tuple(Cell((i,), edits=tuple((edit_of[site], EVERYWHERE) for site in chosen)) for i, chosen in enumerate(sets))
+        plan: Any = _Sets("circuit", tuple(range(len(sets))), cells, {"pruning": len(dropped)})
+        options: dict[str, Any] = {"budget": max_tokens, "progress": False, "needs_source": swap}
+        found = run_plan(model, pairs, plan, metric, "noising", method="iterative_pruning", **options)
+        return found.values.mean("pair").values, float(found.clean.mean())
+
+    _, current = measure([nodes[:1]])
+    passes, bar = 0, tqdm(disable=None if progress is None else not progress, desc="pruning", unit="node")
+    with bar:
+        while True:
+            passes += 1
+            left, before = [site for site in nodes if site not in dropped], len(dropped)
+            done, size = 0, min(4, ahead)
+            while done < len(left):
+                batch = left[done : done + size]
+                values, _ = measure([[*dropped, *batch[: i + 1]] for i in range(len(batch))])
+                used = 0
+                for site, value in zip(batch, values, strict=True):
+                    used += 1
+                    change = float(value) - current
+                    scores[site] = change
+                    drop = abs(change) < threshold
+                    trajectory.append({"pass": passes, "node": site.node, "change": change, "dropped": drop})
+                    if not drop:
+                        break
+                    dropped.append(site)
+                    current = float(value)
+                size = min(ahead, 2 * size) if used == len(batch) else max(1, min(ahead, 2 * used))
+                done += used
+                bar.update(used)
+            if len(dropped) == before:
+                break
+    kept = {site.node: scores[site] for site in reversed(nodes) if site not in dropped}
+    meta = {
+        "model": model.name,
+        "method": "iterative_pruning",
+        "metric": getattr(metric, "__name__", repr(metric)),
+        "ablation": ablation_type,
+        "threshold": threshold,
+        "metric_value": current,
+        "trajectory": trajectory,
+    }
+    return Circuit.from_nodes(kept, facts, meta)
+
+
+class _Sets(Cells):
+    """Sets of nodes; only those that take activations from a second prompt need aligned pairs."""
+
+    def resolve(self, model: Any, encoded: EncodedPairs) -> Resolved:
+        """The cells as they are."""
+        if any(edit.op == "replace" for cell in self.cells for edit, _ in cell.edits):
+            encoded.require_aligned("pruning with a second prompt")
+        return Resolved(((self.dim, self.labels),), self.cells, dict(self.spec))
+
+
+def _edits(
+    model: Model, pairs: PromptPairs, ablation: str, reference: Any, nodes: Sequence[Site]
+) -> dict[Site, Edit]:
+    """The edit that ablates each node."""
+    if ablation in ("resample", "counterfactual"):
+        return {site: Edit(site) for site in nodes}
+    if ablation == "zero":
+        return {site: Edit(site, "set", 0.0) for site in nodes}
+    prompts = encode_prompts(model, pairs if reference is None else reference).clean
+    sites = sorted({(site.layer or 0, "z" if site.kind == "head_out" else "mlp_out") for site in nodes})
+    total: dict[tuple[int, str], torch.Tensor] = {}
+    count = 0
+    for prompt in prompts:
+        found = read(model, [prompt], sites, last=last_layer(model, sites))["reads"]
+        for site, activation in found.items():
+            summed = activation[0].sum(0).flatten()
+            total[site] = total[site] + summed if site in total else summed
+        count += len(prompt)
+    means = {site: (summed / count).float().cpu() for site, summed in total.items()}
+    return {
+        site: Edit(site, "set", means[site.layer or 0, "z" if site.kind == "head_out" else "mlp_out"]) for site in nodes
+    }
