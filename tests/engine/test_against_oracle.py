@@ -122,7 +122,7 @@ def routing_gap(oracle: Oracle, run: Callable[[], Tensor]) -> float:
 def compared(
     family: str, attention: str | None, pairs: PromptPairs, direction: str
 ) -> Iterator[tuple[Model, Loop]]:
-    """A model and its loop; at the end every kind must have moved something, and hardly a row been left out."""
+    """A model and its loop; at the end every kind must have moved something, and few rows be left out."""
     loop = Loop(oracle_of(family, attention), pairs, direction)
     yield loaded(family, attention), loop
     worst, where = max((max(errors), kind) for kind, errors in loop.differences.items())

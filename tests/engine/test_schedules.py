@@ -1,4 +1,4 @@
-"""Every schedule against the naive one: every family, chunks cut anywhere, shared prefixes, sets, constants."""
+"""Every schedule against the naive one: all families, any chunks, shared prefixes, sets, constants."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_reads_and_edits_in_bf16_do_not_turn_into_fp32() -> None:
 
 
 def check_sets(family: str, direction: str, members: dict, patches: dict, pairs: PromptPairs) -> None:
-    """Each set by each schedule, against the oracle with the same patches, built from what a pair's source run is."""
+    """Each set by each schedule, against the oracle with the same patches, built from a pair's source."""
     model, oracle = loaded(family), oracle_of(family)
     effects = runs(model, pairs, interp.sets(members), direction, max_tokens=70)
     assert_same(effects)
