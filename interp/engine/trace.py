@@ -281,6 +281,8 @@ def walk(model: Any, run: Run) -> None:
                 edit_probabilities(run, layer, tap)
             elif "mlp_in" in kinds:
                 whole = tap.input
+                if run.tape is not None:  # attention or the stream may read the very same tensor: a gradient of the MLP's own
+                    whole = whole.view_as(whole)
                 x = run.visit(layer, "mlp_in", run.by_row(whole), raw=whole if whole.ndim == 3 else None)
                 if run.edges is not None:
                     x = run.edges.mlp_input(layer, block, x)
