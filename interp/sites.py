@@ -102,7 +102,7 @@ class Site:
     def node(self) -> str:
         """The name of this site as a node of a circuit: `embed`, `L3.H2`, `L3.mlp`, `L3.H1.k`, `logits`; `@n` kept."""
         at = "" if self.position is None else f"@{self.position}"
-        if self.kind == "head_out":
+        if self.kind == "head_out" and self.head is not None:
             return f"L{self.layer}.H{self.head}{at}"
         return f"L{self.layer}.mlp{at}" if self.kind == "mlp_out" else str(self)
 
