@@ -70,9 +70,7 @@ def ablate(
         raise PlanError(f"mode {mode!r} uses no reference prompts; leave reference out, or take mode='mean'")
     two_runs = mode in ("resample", "counterfactual")
     if not two_runs and direction != "noising":
-        raise PlanError(
-            f"mode {mode!r} has no second run, so no direction; leave direction={direction!r} out"
-        )
+        raise PlanError(f"mode {mode!r} has no second run, so no direction; leave direction={direction!r} out")
     if "max_tokens" in options:
         options["budget"] = options.pop("max_tokens")
     details: dict[str, Any] = {"mode": mode}
@@ -99,9 +97,7 @@ def ablate(
         values.update(means(model, references, sites, length, options.get("budget")))
 
     def constant(resolved: Resolved) -> Resolved:
-        return with_edits(
-            resolved, lambda edit: replace(edit, op="set", value=values.get(place_of(edit), 0.0))
-        )
+        return with_edits(resolved, lambda edit: replace(edit, op="set", value=values.get(place_of(edit), 0.0)))
 
     return run_plan(model, clean, plan, metric, "noising", rewrite=constant, needs_source=False, **common)
 
@@ -113,10 +109,7 @@ def place_of(edit: Edit) -> tuple[int, str]:
 
 def with_edits(resolved: Resolved, change: Any) -> Resolved:
     """The same cells with every edit changed."""
-    cells = (
-        replace(cell, edits=tuple((change(edit), place) for edit, place in cell.edits))
-        for cell in resolved.cells
-    )
+    cells = (replace(cell, edits=tuple((change(edit), place) for edit, place in cell.edits)) for cell in resolved.cells)
     return replace(resolved, cells=tuple(cells))
 
 
@@ -163,9 +156,7 @@ def other_prompts(model: Model, pairs: PromptPairs, references: EncodedPairs, se
     encoded = model.encode(clean_only(pairs))
     drawn = []
     for pair, prompt in enumerate(encoded.clean):
-        choices = sorted(
-            {other for other in references.clean if len(other) == len(prompt) and other != prompt}
-        )
+        choices = sorted({other for other in references.clean if len(other) == len(prompt) and other != prompt})
         if not choices:
             lengths = sorted({len(other) for other in references.clean})
             raise PairsError(
@@ -174,9 +165,7 @@ def other_prompts(model: Model, pairs: PromptPairs, references: EncodedPairs, se
             )
         own = hashlib.sha256(repr((seed, pair)).encode()).digest()
         drawn.append(random.Random(own).choice(choices))
-    named = {
-        name: [{"clean": at, "corrupted": at} for at, _ in rows] for name, rows in encoded.positions.items()
-    }
+    named = {name: [{"clean": at, "corrupted": at} for at, _ in rows] for name, rows in encoded.positions.items()}
     return PromptPairs(
         encoded.clean,
         drawn,
@@ -223,17 +212,13 @@ def means(
         rows, columns, place = torch.tensor(tokens).unbind(1)
         counts.index_add_(0, place, torch.ones(len(place)))
         spec = {"kind": "sums", "rows": rows, "columns": columns, "place": place, "places": len(counts)}
-        programs.append(
-            {**read_program(model, prompts, reads, last=last_layer(model, reads)), "readout": spec}
-        )
+        programs.append({**read_program(model, prompts, reads, last=last_layer(model, reads)), "readout": spec})
     found = model.backend.call(model, execute, model.taps, programs, None)
     made = {}
     for layer, kind in sites:
         site = (layer, "z" if kind == "head_out" else kind)
         total = sum(part["reads"][site].double().cpu() for part in found)
-        mean = (
-            (total / counts.view(-1, *[1] * (total.ndim - 1))).float().flatten(1)
-        )  # [position or 1, feature]
+        mean = (total / counts.view(-1, *[1] * (total.ndim - 1))).float().flatten(1)  # [position or 1, feature]
         if kind in HEAD_KINDS or kind == "mlp_pre":
             index = features(model.taps, "z" if kind == "head_out" else kind).flatten()
             whole = mean.new_zeros(len(mean), int(index.max()) + 1)

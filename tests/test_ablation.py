@@ -68,9 +68,7 @@ def test_positions(family: str, mode: str) -> None:
                 for pair, prompt in enumerate(pairs.clean):
                     at = position % len(prompt)
                     value = mean[at if mode == "positional_mean" else 0] if isinstance(mean, Tensor) else 0.0
-                    change = check(
-                        float(cell[pair]), oracle, prompt, pair, [Patch(kind, layer, value, (at,))]
-                    )
+                    change = check(float(cell[pair]), oracle, prompt, pair, [Patch(kind, layer, value, (at,))])
                     moved[kind] = max(moved.get(kind, 0.0), change)
     assert min(moved.values()) > 0.001, moved
 
@@ -114,9 +112,7 @@ def test_units_and_schedules(mode: str, schedule: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_sets_are_ablated_together(family: str) -> None:
     model, oracle, pairs = loaded(family), oracle_of(family), clean_pairs(9, 6)
-    named = {
-        "two": ["L0.H1", Site("attn_out", layer=1, position=-1), Edit(Site("mlp_out", layer=2), "scale", 3.0)]
-    }
+    named = {"two": ["L0.H1", Site("attn_out", layer=1, position=-1), Edit(Site("mlp_out", layer=2), "scale", 3.0)]}
     for mode in ("zero", "mean", "positional_mean"):
         effects = ablate(model, pairs, sets(named), mode)
         assert effects.values.dims == ("component", "pair")
@@ -151,11 +147,7 @@ def test_resample_takes_one_seeded_prompt_per_pair() -> None:
     again = ablate(model, pairs, plan, "resample", reference=references, seed=4)
     assert bool((again.values == effects.values).all())
     draws = {
-        str(
-            ablate(model, pairs, grid("z", 2, -1), "resample", references, seed=s).provenance["prompts"][
-                "corrupted"
-            ]
-        )
+        str(ablate(model, pairs, grid("z", 2, -1), "resample", references, seed=s).provenance["prompts"]["corrupted"])
         for s in range(8)
     }
     assert len(draws) > 2

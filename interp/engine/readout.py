@@ -40,9 +40,7 @@ def readout(model: Any, run: Any) -> dict[str, Any]:
 
 def lens_rows(run: Any, hidden: Tensor) -> Tensor:
     """What enters the final norm: the stream behind each layer asked for, as rows below one another."""
-    return torch.cat(
-        [run.kept[layer, "resid_post"].to(hidden.device) for layer in run.program["readout"]["layers"]]
-    )
+    return torch.cat([run.kept[layer, "resid_post"].to(hidden.device) for layer in run.program["readout"]["layers"]])
 
 
 def lens(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
@@ -121,9 +119,7 @@ def direct(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
         module = at(block, taps["o"])
         by_head = output_matrix(module, index)  # [head, d_head, d_model]
         heads = torch.einsum("rhd,hdm->rhm", here(layer, "z"), by_head)
-        constant = (
-            torch.zeros_like(heads[:, 0]) if module.bias is None else module.bias.expand_as(heads[:, 0])
-        )
+        constant = torch.zeros_like(heads[:, 0]) if module.bias is None else module.bias.expand_as(heads[:, 0])
         inner, added = read.to(heads.device), heads.new_zeros(len(heads))
         if taps["post_attn"]:
             inner, added = pull_back(at(block, taps["post_attn"]), heads.sum(1) + constant, inner)
@@ -136,19 +132,12 @@ def direct(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
             value = kept[layer, "v"][rows.to(pattern.device)]
             value = value.repeat_interleave(taps["n_heads"] // taps["n_kv_heads"], dim=2)
             reach = torch.einsum("hdm,rm->rhd", by_head.float(), inner)
-            parts["source"].append(
-                torch.einsum("rhk,rkhd,rhd->rk", pattern.float(), value.float(), reach).cpu()
-            )
+            parts["source"].append(torch.einsum("rhk,rkhd,rhd->rk", pattern.float(), value.float(), reach).cpu())
     hidden = head.input
     head.input = hidden[rows.to(hidden.device), columns.to(hidden.device)].unsqueeze(1)
     logits = head.output[:, 0].float() * spec["scale"]
     bias = head.bias
-    head_bias = (
-        torch.zeros(len(rows)) if bias is None else difference(bias.float().expand_as(logits), program).cpu()
-    )
+    head_bias = torch.zeros(len(rows)) if bias is None else difference(bias.float().expand_as(logits), program).cpu()
     parts["head_bias"] = head_bias * spec["scale"]
-    made = {
-        name: torch.stack(part, dim=1) if isinstance(part, list) and part else part
-        for name, part in parts.items()
-    }
+    made = {name: torch.stack(part, dim=1) if isinstance(part, list) and part else part for name, part in parts.items()}
     return {"parts": made, "metric": difference(logits, program).cpu()}
