@@ -16,7 +16,7 @@ from tests.families import HEAD_KINDS, UNIT_KINDS, allowed, has, loaded, oracle_
 from tests.oracle.hooks import Oracle, Patch
 
 ANSWERS, DISTRACTORS = (20, 41, 7), (33, 12, 9)
-#: Fused, split and grouped projections, post-norms, parallel blocks, experts, a flattened MLP, a pattern written eagerly.
+#: Fused, split and grouped projections, post-norms, parallel blocks, experts, a flattened MLP, an eager pattern.
 CASES = ("gpt2", "llama_gqa", "gemma2", "gpt_neox", "opt", "phi3", "falcon_new", "mixtral")
 every_case = pytest.mark.parametrize("family", CASES)
 

@@ -1,4 +1,4 @@
-"""`interp.causal_trace` against plain hooks: noise added to the embeddings, clean activations put back, one forward each."""
+"""`interp.causal_trace` against plain hooks: noisy embeddings, clean activations put back, one forward each."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def lens_rows(run: Any, hidden: Tensor) -> Tensor:
 
 
 def lens(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
-    """Top tokens and the rank of the next token, `[layer, token, …]`, through the model's own norm, head and softcap."""
+    """Top tokens and the next token's rank, `[layer, token, …]`, through the model's own norm, head and softcap."""
     head = at(model, run.taps["head"])
     hidden = head.input
     by_layer = hidden.unflatten(0, (len(spec["layers"]), -1))  # [layer, row, position, d_model]
@@ -65,7 +65,7 @@ def lens(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen_rows(head: Any, program: dict[str, Any]) -> Tensor:
-    """Direction in the head's input that the answers' logit difference reads `[row, d_model]`, fp32; means over sets."""
+    """Direction in the head's input that the logit difference reads `[row, d_model]`, fp32; means over sets."""
     direction: Any = 0
     for tokens, sign in ((program["answers"], 1), (program["distractors"], -1)):
         if tokens is not None:

@@ -1,0 +1,238 @@
+"""What the residual stream says about the next token: the logit lens, and what each component adds to the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from .effects import Effects
+from .engine.reading import encode_prompts, packed, read_program
+from .engine.run import provenance, token_budget
+from .engine.schedule import token_sets
+from .engine.trace import execute
+from .errors import MetricError, PlanError, SiteError
+from .models.model import Model
+from .pairs import PromptPairs
+from .sites import Site
+from .tokens import Text
+
+#: Logits that one forward pass of the lens may hold at once (layers × tokens × vocabulary).
+LOGITS = 2**26
+#: A token asked for: (row, column, prompt, place in the result, next token or -1).
+Asked = tuple[int, int, int, int, int]
+
+
+def logit_lens(
+    model: Model,
+    prompts: PromptPairs | Sequence[str | Sequence[int]] | str,
+    *,
+    layers: Sequence[int] | int | None = None,
+    positions: Sequence[int] | int | None = None,
+    top_k: int = 5,
+) -> xr.Dataset:
+    """Next-token predictions of the residual stream behind every layer (nostalgebraist 2020).
+
+    `resid_post` of each layer goes through the model's own final norm, head, and softcap or logit scale, so that the
+    last layer gives the model's own prediction. Computed where the model runs: only the top tokens come back.
+
+    Args:
+        prompts: strings or token ids, or pairs whose clean prompts are taken.
+        layers: counted from 0, negative from the end; None is all.
+        positions: from each prompt's own first token, negative from its end; None is all.
+
+    Returns:
+        Dataset with dims (prompt, layer, position, k): `token` (ids), `text`, `logit`, `probability`; without k:
+        `next_rank` (0 is top) and `next_probability` of the token that follows in the prompt; `next_token` and the
+        coordinate `label` by (prompt, position). Where a prompt has no such position, ids are -1 and numbers NaN;
+        the last position has no next token.
+
+    Raises:
+        SiteError: a layer or position that does not exist. PlanError: top_k below 1.
+    """
+    if top_k < 1:
+        raise PlanError(f"top_k={top_k}; ask for 1 token or more")
+    encoded = encode_prompts(model, prompts)
+    wanted = range(model.n_layers) if layers is None else [layers] if isinstance(layers, int) else layers
+    chosen = [model.require(Site("resid_post", layer=layer)).layer or 0 for layer in wanted]
+    lengths = [len(prompt) for prompt in encoded.clean]
+    places = range(max(lengths)) if positions is None else [positions] if isinstance(positions, int) else positions
+    for position in places:
+        if not -max(lengths) <= position < max(lengths):
+            raise SiteError(f"position {position}, but the longest prompt has positions 0 to {max(lengths) - 1}")
+    if not chosen or not len(places):
+        raise PlanError("logit_lens was given no layer or no position")
+    shape = (len(lengths), len(chosen), len(places))
+    k = min(top_k, model.vocab_size)
+    ids = np.full((*shape, k), -1)
+    numbers = {name: np.full((*shape, k), np.nan, np.float32) for name in ("logit", "probability")}
+    numbers |= {name: np.full(shape, np.nan, np.float32) for name in ("next_rank", "next_probability")}
+    following = np.full((shape[0], shape[2]), -1)
+    programs, owners = [], []
+    for group in packed(lengths, token_budget(model)):
+        tokens = asked(encoded.clean, group, places)
+        for _, _, owner, spot, after in tokens:
+            following[owner, spot] = after
+        chunk = [encoded.clean[index] for index in group]
+        for part, some in parts(tokens, len(chosen), LOGITS // model.vocab_size):
+            at = sorted({chosen[index] for index in some} | {model.n_layers - 1})
+            rows, columns, _, _, nexts = torch.tensor(part).unbind(1)
+            spec = {"kind": "lens", "layers": [chosen[i] for i in some], "rows": rows, "columns": columns}
+            program = read_program(model, chunk, [(layer, "resid_post") for layer in at])
+            programs.append({**program, "readout": {**spec, "next": nexts, "top": k}})
+            owners.append((part, some))
+    found = model.backend.call(model, execute, model.taps, programs, None)
+    for (part, some), result in zip(owners, found, strict=True):
+        of, place = (np.array([token[field] for token in part]) for field in (2, 3))
+        has_next = np.array([token[4] >= 0 for token in part])
+        for number, index in enumerate(some):
+            ids[of, index, place] = result["token"][number].numpy()
+            for name, array in numbers.items():
+                value = result[name][number].float().numpy()
+                keep = has_next if name.startswith("next") else np.ones(len(part), bool)
+                array[of[keep], index, place[keep]] = value[keep]
+    text = Text(model.tokenizer)
+    names = {int(token): text.label(int(token)) if token >= 0 else "" for token in np.unique(ids)}
+    labels = [[row[p] if -len(row) <= p < len(row) else "" for p in places] for row in encoded.labels]
+    dims = ("prompt", "layer", "position")
+    variables: dict[str, Any] = {
+        "token": ((*dims, "k"), ids),
+        "text": ((*dims, "k"), np.array([names[int(token)] for token in ids.flat]).reshape(ids.shape)),
+        "next_token": (("prompt", "position"), following),
+    }
+    variables |= {name: ((*dims, "k") if array.ndim == 4 else dims, array) for name, array in numbers.items()}
+    coords: dict[str, Any] = {"layer": chosen, "position": list(places)}
+    coords["label"] = (("prompt", "position"), np.array(labels))
+    return xr.Dataset(variables, coords, {"model": model.name, "revision": model.revision})
+
+
+def asked(prompts: Sequence[Sequence[int]], group: Sequence[int], places: Sequence[int]) -> list[Asked]:
+    """The tokens asked for in one batch of prompts."""
+    width = max(len(prompts[index]) for index in group)
+    tokens = []
+    for row, index in enumerate(group):
+        prompt = prompts[index]
+        for place, position in enumerate(places):
+            if -len(prompt) <= position < len(prompt):
+                at = position % len(prompt)
+                after = prompt[at + 1] if at + 1 < len(prompt) else -1
+                tokens.append((row, width - len(prompt) + at, index, place, after))
+    return tokens
+
+
+def parts(tokens: list[Asked], n_layers: int, limit: int) -> Iterator[tuple[list[Asked], list[int]]]:
+    """Split tokens × layers into parts of at most `limit` cells (one at least): (tokens, indices of layers)."""
+    limit = max(1, limit)
+    per = max(1, limit // max(1, len(tokens)))
+    for start in range(0, len(tokens), limit):
+        for first in range(0, n_layers, per):
+            yield tokens[start : start + limit], list(range(first, min(n_layers, first + per)))
+
+
+def direct_effects(model: Model, pairs: PromptPairs, by: str = "component") -> Effects:
+    """What each component adds by itself to the logit difference of the clean run (Elhage et al. 2021).
+
+    The final norm's scaling is frozen at its value in the run, so that the parts sum to the logit difference of answers
+    and distractors (of the answers alone where there are no distractors; means over sets) at the answer's position.
+    Behind a norm of its own (Gemma 2, OLMo 2), a head's part is its share at that norm's scale in the run. In models
+    with a final softcap these are the logits before it.
+
+    Args:
+        by: "component": dims (component, layer, pair), components embed, attn_out (with the bias of its output
+            projection), mlp_out and bias (of the final norm and the head).
+            "head": dims (component, layer, head, pair): head_out of every head, and attn_bias, the output projections'
+            biases, beside embed, mlp_out and bias.
+            "position": dims (component, layer, position, pair): attn_out by the position that attention reads from,
+            attn_bias, embed, mlp_out and bias at the answer's position.
+
+    Returns:
+        Effects whose values, summed over all dims but `pair`, are `clean`. A part without a layer stands at layer 0,
+        one without a head at head 0; all other cells are NaN. provenance["remainder"] is the largest difference.
+
+    Raises:
+        PlanError: an unknown `by`. MetricError: the pairs have no answers. SiteError: a part that this model does not
+            show.
+    """
+    if by not in ("component", "head", "position"):
+        raise PlanError(f"by={by!r}; it is one of 'component', 'head', 'position'")
+    encoded = encode_prompts(model, pairs)
+    if pairs.answers is None:
+        raise MetricError("direct effects are those on the answers' logits; give PromptPairs(answers=[...])")
+    with_answers = PromptPairs(
+        encoded.clean, None, pairs.answers, pairs.distractors, answer_positions=pairs.answer_positions, name=pairs.name
+    )
+    encoded = model.encode(with_answers)
+    kinds = ("z", "head_out", "mlp_out", "resid_pre", *(("pattern", "v") if by == "position" else ()))
+    for kind in kinds:
+        model.require(Site(kind, layer=0))
+    layers = range(model.n_layers)
+    reads = [(0, "resid_pre"), (model.n_layers - 1, "resid_post")]
+    reads += [(layer, kind) for layer in layers for kind in kinds if kind in ("z", "mlp_out", "pattern", "v")]
+    config: Any = model.hf.config
+    config = config.get_text_config()
+    spec = {"kind": "direct", "by_source": by == "position", "scale": getattr(config, "logit_scale", None) or 1.0}
+    programs, groups = [], packed([len(prompt) for prompt in encoded.clean], token_budget(model))
+    for group in groups:
+        prompts = [encoded.clean[pair] for pair in group]
+        width = max(map(len, prompts))
+        program = read_program(model, prompts, reads)
+        program["at"] = torch.tensor(
+            [width - len(encoded.clean[pair]) + encoded.answer_positions[pair] for pair in group]
+        )
+        program["answers"] = token_sets(encoded.answers, group)
+        program["distractors"] = token_sets(encoded.distractors, group)
+        programs.append({**program, "readout": spec})
+    found = model.backend.call(model, execute, model.taps, programs, None)
+    return labelled(model, with_answers, encoded, by, groups, found)
+
+
+def labelled(model: Model, pairs: PromptPairs, encoded: Any, by: str, groups: Any, found: Any) -> Effects:
+    """The parts of every batch as one record."""
+    n, lengths = len(encoded), [len(prompt) for prompt in encoded.clean]
+    names = {
+        "component": ("embed", "attn_out", "mlp_out", "bias"),
+        "head": ("embed", "head_out", "attn_bias", "mlp_out", "bias"),
+        "position": ("embed", "attn_out", "attn_bias", "mlp_out", "bias"),
+    }[by]
+    size = {"component": 1, "head": model.n_heads, "position": max(lengths)}[by]
+    values = np.full((len(names), model.n_layers, size, n), np.nan, np.float32)
+    clean = np.zeros(n, np.float32)
+    at = {name: index for index, name in enumerate(names)}
+    for group, result in zip(groups, found, strict=True):
+        part, width = result["parts"], max(lengths[pair] for pair in group)
+        for row, pair in enumerate(group):
+            clean[pair] = result["metric"][row]
+            here = encoded.answer_positions[pair] if by == "position" else 0
+            values[at["embed"], 0, here, pair] = part["embed"][row]
+            values[at["bias"], 0, here, pair] = part["norm_bias"][row] + part["head_bias"][row]
+            values[at["mlp_out"], :, here, pair] = part["mlp_out"][row]
+            if by == "component":
+                values[at["attn_out"], :, 0, pair] = part["head_out"][row].sum(-1) + part["attn_bias"][row]
+                continue
+            values[at["attn_bias"], :, here, pair] = part["attn_bias"][row]
+            if by == "head":
+                values[at["head_out"], :, :, pair] = part["head_out"][row]
+            else:
+                values[at["attn_out"], :, : lengths[pair], pair] = part["source"][row, :, width - lengths[pair] :]
+    dims = ["component", "layer", *([by] if by != "component" else []), "pair"]
+    coords: dict[str, Any] = {"component": list(names), "layer": range(model.n_layers), "pair": range(n)}
+    if by == "component":
+        values = values[:, :, 0]
+    else:
+        coords[by] = range(size)
+    sums = np.nansum(values, axis=tuple(range(values.ndim - 1)), dtype=np.float64)
+    record = provenance(
+        model,
+        encoded,
+        pairs,
+        method="direct_effects",
+        metric="logit_diff" if encoded.distractors is not None else "logit",
+        direction=None,
+        plan={"by": by},
+        remainder=float(np.abs(sums - clean).max()),
+    )
+    array = xr.DataArray(values, dims=dims, coords={name: list(labels) for name, labels in coords.items()})
+    return Effects(array, xr.DataArray(clean, dims=["pair"], coords={"pair": list(range(n))}), None, record)
