@@ -62,8 +62,15 @@ def read_gradients(
 
 def edge_scores(model: Any, taps: dict[str, Any], program: dict[str, Any], tape: Tape, total: Tensor) -> Tensor:
     """Attributions of every edge: `[pair, receiver, sender]`; zero where there is no edge."""
-    sites = list(tape.live)
-    gradients = backward(tape, total, sites, retain=False)
+    gradients = backward(tape, total, list(tape.live), retain=False)
+    with torch.no_grad():  # the weights may want gradients of their own
+        return combine(model, taps, program, tape, gradients)
+
+
+def combine(
+    model: Any, taps: dict[str, Any], program: dict[str, Any], tape: Tape, gradients: dict[tuple[int, str], Tensor]
+) -> Tensor:
+    """Δ of every sender times the gradient of every read that is downstream of it: `[pair, receiver, sender]`."""
     layers, end = at(model, taps["layers"]), taps["n_layers"]
     base, source = program["base"], program["from"]
     count = sender_index(taps, end - 1, None) + 1
