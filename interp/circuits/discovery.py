@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..attribution import gradient_program, midpoints, step_rows
 from ..edits import Edge, Edit
 from ..engine.run import check_metric, context_of, run_plan, token_budget
-from ..engine.schedule import check_direction, compile_chunk, pack_pairs
+from ..engine.schedule import compile_chunk, pack_pairs
 from ..engine.trace import execute_gradients
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
@@ -48,9 +48,10 @@ def discover(
     """Score edges or nodes: the change of the metric, mean over pairs, when that one alone is corrupted.
 
     Args:
-        method: "eap", Δ · gradient at the clean run (Syed et al. 2023); "eap-ig", gradients averaged over inputs between
-            clean and corrupted (Hanna et al. 2024); "eap-ig-activations", averaged over each sender's own output between
-            the two; "exact", every edge or node patched by itself; "acdc", greedy removal (Conmy et al. 2023).
+        method: "eap", Δ · gradient at the clean run (Syed et al. 2023); "eap-ig", gradients averaged over inputs
+            between clean and corrupted (Hanna et al. 2024); "eap-ig-activations", averaged over the sender's own output
+            between the two, the heads of a layer together; "exact", every edge or node patched by itself; "acdc",
+            greedy removal (Conmy et al. 2023).
         level: "edge" or "node" (heads, MLPs and the embedding).
         steps, points: interpolation of the "ig" methods; midpoints (i + ½)/steps by default.
         within: exact and acdc: only these edges or nodes; the others of an exact circuit are absent.
@@ -69,8 +70,9 @@ def discover(
         raise CircuitError(f"unknown level {level!r}; it is 'edge' or 'node'")
     if method == "acdc" and level == "node":
         raise CircuitError("acdc removes edges; for nodes use iterative_pruning, or method='exact'")
+    if pairs.corrupted is None:
+        raise CircuitError("discover corrupts edges: give PromptPairs(corrupted=[...])")
     encoded = model.encode(pairs)
-    check_direction("noising", encoded)
     encoded.require_aligned("a circuit")
     check_metric(metric, encoded, model.vocab_size)
     facts = Facts.of(model)
@@ -82,6 +84,8 @@ def discover(
         "pairs": len(pairs),
     }
     if method == "acdc":
+        kept = facts.mask if within is None else within.matrix(facts)
+        warn_if_long(model, pairs, [Cell((i,), cut=kept.T) for i in range(int(kept.sum()))], "acdc")
         return acdc(model, pairs, metric, within, threshold, meta, max_tokens=max_tokens, progress=progress)
     if method == "exact":
         options = {"budget": max_tokens, "progress": progress, "checkpoint": checkpoint}
@@ -98,7 +102,7 @@ def discover(
 def node_scores(matrices: np.ndarray, facts: Facts) -> np.ndarray:
     """Scores of nodes from those of edges: what a node writes times the gradient of all that read it, mean over pairs.
 
-    The gradient at a node's output is the sum of its readers' gradients, so a node's attribution is the sum over its edges.
+    The gradient at a node's output is the sum of its readers' gradients, so its attribution is the sum over its edges.
     """
     return matrices.mean(0).sum(1)
 
@@ -147,7 +151,7 @@ def edge_attributions(
 
 
 def sender_groups(model: Model) -> list[tuple[int, str]]:
-    """The sites whose activation "eap-ig-activations" moves: the stream into block 0, each layer's z, each MLP's output."""
+    """The sites that "eap-ig-activations" moves: the stream into block 0, each layer's z, each MLP's output."""
     layers = range(model.n_layers)
     return [(0, "resid_pre"), *((layer, kind) for layer in layers for kind in ("z", "mlp_out"))]
 
@@ -178,19 +182,14 @@ def exact(
         labels = tuple(site.node for site in names)
     else:
         if within is None:
-            index = [(s, r) for r, receiver in enumerate(facts.receivers) for s in range(facts.upstream_count(receiver))]
+            counts = [facts.upstream_count(receiver) for receiver in facts.receivers]
+            index = [(s, r) for r, count in enumerate(counts) for s in range(count)]
         else:
             index = [(int(s), int(r)) for s, r in np.argwhere(within.matrix(facts))]
         chosen = [(facts.senders[s], facts.receivers[r]) for s, r in index]
         cells = tuple(Cell((i,), edges=(Edge(*edge),)) for i, edge in enumerate(chosen))
         labels = tuple(f"{sender.node}->{receiver.node}" for sender, receiver in chosen)
-    expected = expected_seconds(model, pairs, cells)
-    if expected > 600:
-        warnings.warn(
-            f"exact {level}s: {len(cells)} × {len(pairs)} pairs will take about {expected / 60:.0f} minutes; "
-            "within=circuit limits them, checkpoint=path makes them resumable",
-            stacklevel=3,
-        )
+    warn_if_long(model, pairs, cells, f"exact {level}s")
     plan: Any = Cells(level, labels, cells, {"exact": level, "count": len(cells)})
     effects = run_plan(model, pairs, plan, metric, "noising", method=f"discover:exact-{level}", **options)
     scores = (effects.values - effects.clean).mean("pair").values
@@ -203,6 +202,18 @@ def exact(
 def patch_site(site: Any) -> Any:
     """The site that holds a sender's output: the embedding's is the stream into block 0."""
     return site if site.kind != "embed" else type(site)("resid_pre", layer=0)
+
+
+def warn_if_long(model: Model, pairs: PromptPairs, cells: Sequence[Cell], what: str) -> None:
+    """Say beforehand how long patching every cell will take, where that is more than ten minutes."""
+    expected = expected_seconds(model, pairs, cells)
+    if expected > 600:
+        remedy = "" if what == "acdc" else ", checkpoint=path makes them resumable"
+        warnings.warn(
+            f"{what}: {len(cells)} × {len(pairs)} pairs will take about {expected / 60:.0f} minutes; "
+            f"within=circuit limits them{remedy}",
+            stacklevel=4 if what != "acdc" else 3,
+        )
 
 
 def expected_seconds(model: Model, pairs: PromptPairs, cells: Sequence[Cell]) -> float:
@@ -222,5 +233,9 @@ def expected_seconds(model: Model, pairs: PromptPairs, cells: Sequence[Cell]) ->
 
 
 def _depth(cell: Cell, layers: int) -> float:
+    """The part of the layers that a cell's row runs through: a circuit with cut edges runs through all."""
+    if cell.cut is not None:
+        return 1.0
     sites = [edge.receiver for edge in cell.edges] + [edit.site for edit, _ in cell.edits]
-    return 1 - min((site.layer if site.layer is not None else layers * (site.kind == "logits")) for site in sites) / layers
+    first = min(site.layer if site.layer is not None else layers * (site.kind == "logits") for site in sites)
+    return 1 - first / layers

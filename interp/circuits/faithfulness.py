@@ -29,7 +29,7 @@ class Evaluation:
     curve: a row per size: n_edges, fraction, metric, faithfulness, low, high (95 % bootstrap interval over pairs).
     cpr: area under faithfulness over fractions, linear trapezoid: large when few edges do much.
     cmd: area under |1 − faithfulness|: small when every size behaves as the model does.
-    full, empty: mean metric with no edge and with every edge cut.
+    full, empty: mean metric with no edge cut and with every edge cut.
     """
 
     curve: pd.DataFrame
@@ -82,7 +82,7 @@ def evaluate_circuit(
     |score|; False by score, so that edges that hurt come last.
 
     Args:
-        completeness: also how near the model without the circuit comes to the empty one, 1 − |f(model without circuit)|.
+        completeness: also how near the model without the circuit comes to the empty one, 1 − |f(model without it)|.
         minimality: also the drop of the metric when each of this many strongest edges (nodes) alone is taken out.
         options: of `patch` (schedule, progress, max_tokens, checkpoint).
 
@@ -193,7 +193,7 @@ def stability(
     seed: int = 0,
     **options: Any,
 ) -> np.ndarray:
-    """How much circuits of `size` edges agree when the pairs are drawn anew: Jaccard of each two, `[pair of samples]`."""
+    """How much circuits of `size` edges agree when pairs are drawn anew: Jaccard of each two, `[pair of samples]`."""
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(samples):
@@ -219,7 +219,7 @@ def compare_circuits(circuit: Circuit, reference: Circuit | Sequence[Any], facts
     truth, scores, kept = _vectors(circuit, reference, facts)
     positives = int(truth.sum())
     if not 0 < positives < len(truth):
-        raise CircuitError(f"the reference has {positives} of {len(truth)} possible parts; there is nothing to tell apart")
+        raise CircuitError(f"the reference has {positives} of {len(truth)} possible parts: nothing to tell apart")
     ranks = pd.Series(np.abs(np.nan_to_num(scores))).rank().to_numpy()
     auroc = (ranks[truth].sum() - positives * (positives + 1) / 2) / (positives * (len(truth) - positives))
     hits = int((truth & kept).sum())

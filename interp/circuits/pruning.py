@@ -1,4 +1,4 @@
-"""Iterative pruning: heads and MLPs are dropped one at a time, from the last layer to the first, while nothing moves."""
+"""Iterative pruning: heads and MLPs are dropped one at a time, from the last layer on, while nothing moves."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def iterative_pruning(
         raise CircuitError(f"unknown ablation_type {ablation_type!r}; the types are: {', '.join(ABLATION_TYPES)}")
     swap = ablation_type in ("resample", "counterfactual")
     if swap and pairs.corrupted is None:
-        raise CircuitError(f"ablation_type={ablation_type!r} takes activations from corrupted prompts; give pairs with them")
+        raise CircuitError(f"ablation_type={ablation_type!r} needs corrupted prompts; give pairs with them")
     unknown = set(components) - {"head", "mlp"}
     if unknown or not components:
         raise CircuitError(f"components {list(components)}; they are 'head' and 'mlp'")
@@ -84,7 +84,8 @@ def iterative_pruning(
     scores: dict[Site, float] = {}
 
     def measure(sets: list[list[Site]]) -> tuple[np.ndarray, float]:
-        cells = tuple(Cell((i,), edits=tuple((edit_of[site], EVERYWHERE) for site in chosen)) for i, chosen in enumerate(sets))
+        edits = [tuple((edit_of[site], EVERYWHERE) for site in chosen) for chosen in sets]
+        cells = tuple(Cell((i,), edits=each) for i, each in enumerate(edits))
         plan: Any = _Sets("circuit", tuple(range(len(sets))), cells, {"pruning": len(dropped)})
         options: dict[str, Any] = {"budget": max_tokens, "progress": False, "needs_source": swap}
         found = run_plan(model, pairs, plan, metric, "noising", method="iterative_pruning", **options)
@@ -139,9 +140,7 @@ class _Sets(Cells):
         return Resolved(((self.dim, self.labels),), self.cells, dict(self.spec))
 
 
-def _edits(
-    model: Model, pairs: PromptPairs, ablation: str, reference: Any, nodes: Sequence[Site]
-) -> dict[Site, Edit]:
+def _edits(model: Model, pairs: PromptPairs, ablation: str, reference: Any, nodes: Sequence[Site]) -> dict[Site, Edit]:
     """The edit that ablates each node."""
     if ablation in ("resample", "counterfactual"):
         return {site: Edit(site) for site in nodes}

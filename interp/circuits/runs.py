@@ -1,4 +1,4 @@
-"""Running circuits: every edge outside is cut, and its receiver reads a reference's contribution in place of this run's."""
+"""Running circuits: every edge outside is cut, and its receiver reads a reference's contribution instead."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_ablation(ablation: str, pairs: PromptPairs) -> None:
     if ablation not in ABLATIONS:
         raise CircuitError(f"unknown ablation {ablation!r}; the ablations are: {', '.join(ABLATIONS)}")
     if ablation == "counterfactual" and pairs.corrupted is None:
-        raise CircuitError("counterfactual ablation needs PromptPairs(corrupted=[...]); or use ablation='mean' or 'zero'")
+        raise CircuitError("counterfactual ablation needs PromptPairs(corrupted=[...]); or ablation='mean' or 'zero'")
 
 
 def reference_of(model: Model, pairs: PromptPairs, ablation: str, reference: Any = None) -> Any:
@@ -103,8 +103,15 @@ def run_masks(
     spec = {"circuits": [int(mask.sum()) for mask in kept], "ablation": ablation}
     plan: Any = Cells("circuit", tuple(range(len(kept)) if labels is None else labels), cells, spec)
     return run_plan(
-        model, pairs, plan, metric, "noising", method="circuit", reference=source, needs_source=source == "source"
-        if isinstance(source, str) else False, **options
+        model,
+        pairs,
+        plan,
+        metric,
+        "noising",
+        method="circuit",
+        reference=source,
+        needs_source=source == "source" if isinstance(source, str) else False,
+        **options,
     )
 
 
@@ -119,8 +126,8 @@ def run_circuit(
     """The metric of a circuit with all else ablated, per pair `[pair]`.
 
     Args:
-        ablation: what cut edges carry: "counterfactual" (the corrupted run's contributions), "mean" or "positional_mean"
-            (over the pairs' clean prompts, or `reference=` prompts), "zero".
+        ablation: what cut edges carry: "counterfactual" (the corrupted run's contributions), "mean" or
+            "positional_mean" (over the pairs' clean prompts, or `reference=` prompts), "zero".
 
     Raises:
         CircuitError, PairsError, MetricError: before the model runs.
