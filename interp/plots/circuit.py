@@ -144,10 +144,8 @@ def plot_circuit_matrix(circuit: Circuit, *, title: str | None = None) -> Figure
     if not edges:
         raise PlotError(f"{circuit!r} has no edges to draw")
     rows, columns = ([n for n in circuit.nodes("edge") if n in {e[i] for e in edges}] for i in (0, 1))
-    values, kinds = (
-        np.full((len(rows), len(columns)), np.nan, np.float32),
-        np.zeros((len(rows), len(columns))),
-    )
+    values = np.full((len(rows), len(columns)), np.nan, np.float32)
+    kinds = np.zeros(values.shape, np.uint8)
     for i, j in np.ndindex(kinds.shape):
         edge = (rows[i], columns[j])
         values[i, j] = scores.get(edge, np.nan)
