@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from .edits import Edge, Edit
-from .errors import PlanError, SiteError
+from .errors import PairsError, PlanError, SiteError
 from .pairs import EncodedPairs
 from .sites import HEAD_KINDS, KINDS, KV_KINDS, UNIT_KINDS, Site
 
@@ -21,7 +21,8 @@ Positions = Sequence[int | str] | Mapping[str, Sequence[int]] | None
 class SiteFacts(Protocol):
     """What a plan asks of a model; `Model` fulfils it."""
 
-    n_layers: int
+    @property
+    def n_layers(self) -> int: ...
 
     @property
     def parallel(self) -> bool: ...
@@ -132,6 +133,7 @@ class Plan:
             for kind in self.components[:1]
             for layer in layers
         )
+        _axis(layers, "layers")
         places, labels = self._places(encoded)
         sizes = {kind: self._size(model, kind) for kind in self.components}
         if self.axis == "position":
@@ -163,20 +165,29 @@ class Plan:
                         cells.append(Cell((c, la, it), ((edit, EVERYWHERE),)))
         if self.axis != "position" and not crossed:
             encoded.require_aligned("a plan over all positions")
-        return self._checked(Resolved(tuple(dims), tuple(cells), self.spec()))
+        return self._checked(Resolved(tuple(dims), tuple(cells), self.spec()), encoded)
 
     def _resolve_sets(self, model: SiteFacts, encoded: EncodedPairs) -> Resolved:
         cells = []
-        for index, (_, edits) in enumerate(self.members):
-            made = []
+        for index, (name, edits) in enumerate(self.members):
+            made: list[tuple[Edit, Place]] = []
             for edit in edits:
                 site = model.require(edit.site)
                 place = EVERYWHERE if site.position is None else Place(at=(site.position,))
-                made.append((self._edit(site) if self.edit else replace(edit, site=site), place))
+                edit = self._edit(site) if self.edit else replace(edit, site=site)
+                for other, _ in made:
+                    if (edit.op, other.op) != ("replace", "replace") and edit.site.overlaps(other.site):
+                        raise PlanError(
+                            f"set {name!r} has {other.op!r} at {other.site} and {edit.op!r} at {site}, which change the same "
+                            "numbers; join them into one edit"
+                        )
+                made.append((edit, place))
+                if place.at and all(place.columns(encoded, pair) is None for pair in range(len(encoded.clean))):
+                    raise SiteError(f"{site}: position {site.position}, but {_longest(encoded)}")
             cells.append(Cell((index,), tuple(made)))
         if any(edit.op == "replace" or place.at for cell in cells for edit, place in cell.edits):
             encoded.require_aligned("a plan over positions")
-        return self._checked(Resolved((("component", self.components),), tuple(cells), self.spec()))
+        return self._checked(Resolved((("component", self.components),), tuple(cells), self.spec()), encoded)
 
     def _resolve_paths(self, model: SiteFacts, encoded: EncodedPairs) -> Resolved:
         encoded.require_aligned("path patching")
@@ -184,7 +195,9 @@ class Plan:
         lengths = [len(prompt) for prompt in encoded.clean]
         for site in (*sides[0], *sides[1]):
             if site.position is not None and not all(-n <= site.position < n for n in lengths):
-                raise SiteError(f"{site.node}: position {site.position}, but the shortest prompt has {min(lengths)} tokens")
+                raise SiteError(
+                    f"{site.node}: position {site.position}, but the shortest prompt has {min(lengths)} tokens"
+                )
         cells = []
         for i, sender in enumerate(sides[0]):
             for j, receiver in enumerate(sides[1]):
@@ -193,12 +206,14 @@ class Plan:
                     cells.append(Cell((i, j), edges=(edge,), through_mlps=self.through_mlps))
         dims: tuple[tuple[str, tuple[Any, ...]], ...] = (("sender", self.senders), ("receiver", self.receivers))
         if not cells:
-            raise PlanError(f"no receiver of {list(self.receivers)} is downstream of any sender of {list(self.senders)}")
+            raise PlanError(
+                f"no receiver of {list(self.receivers)} is downstream of any sender of {list(self.senders)}"
+            )
         if self.together:
             edges = tuple(edge for cell in cells for edge in cell.edges)
             dims = (("sender", ("+".join(self.senders),)), ("receiver", ("+".join(self.receivers),)))
             cells = [Cell((0, 0), edges=edges, through_mlps=self.through_mlps)]
-        return self._checked(Resolved(dims, tuple(cells), self.spec()))
+        return self._checked(Resolved(dims, tuple(cells), self.spec()), encoded)
 
     def _edit(self, site: Site) -> Edit:
         return Edit(site) if self.edit is None else replace(self.edit, site=site)
@@ -218,13 +233,11 @@ class Plan:
             encoded.require_aligned("a plan over positions")
         places = []
         for position in wanted:
-            if isinstance(position, int):
-                place = Place(at=(position,))
+            if isinstance(position, int) or position in named:
+                place = Place(at=named.get(position, (position,)))
                 if all(place.columns(encoded, pair) is None for pair in range(len(encoded.clean))):
-                    longest = max(len(prompt) for prompt in encoded.clean)
-                    raise SiteError(f"position {position}, but the longest prompt has positions 0 to {longest - 1}")
-            elif position in named:
-                place = Place(at=named[position])
+                    window = f" {position!r} = {place.at}" if position in named else f" {position}"
+                    raise SiteError(f"position{window}, but {_longest(encoded)}")
             elif position in encoded.positions:
                 place = Place(name=position)
             else:
@@ -236,9 +249,26 @@ class Plan:
         return places, tuple(wanted)
 
     @staticmethod
-    def _checked(resolved: Resolved) -> Resolved:
+    def _checked(resolved: Resolved, encoded: EncodedPairs) -> Resolved:
         if not resolved.cells:
             raise PlanError("the plan has no cells: no layer, head, unit or position is left to patch")
+        if encoded.corrupted is None:
+            return resolved
+        edits = {(edit.site.kind, edit.op, place.name) for cell in resolved.cells for edit, place in cell.edits}
+        if any(kind == "pattern" and op == "replace" for kind, op, _ in edits):
+            encoded.require_aligned("patching a pattern")
+        for kind, _, name in sorted(edits, key=str):
+            for pair, (clean, corrupted) in enumerate(encoded.positions[name] if name is not None else ()):
+                if len(clean) != len(corrupted):
+                    raise PairsError(
+                        f"position {name!r} of pair {pair} is {len(clean)} tokens in the clean prompt {clean} and "
+                        f"{len(corrupted)} in the corrupted one {corrupted}; patching needs as many in both"
+                    )
+                if kind == "pattern" and clean != corrupted:
+                    raise PlanError(
+                        f"a pattern's row attends to the positions before it, so it is patched at one position in both "
+                        f"prompts, but {name!r} of pair {pair} is at {clean} and at {corrupted}"
+                    )
         return resolved
 
 
@@ -266,6 +296,10 @@ def _axis(values: Any, what: str) -> tuple[int, ...] | None:
     return values
 
 
+def _longest(encoded: EncodedPairs) -> str:
+    return f"the longest prompt has positions 0 to {max(len(prompt) for prompt in encoded.clean) - 1}"
+
+
 def _positions(positions: Positions | int | str) -> tuple[Any, tuple[tuple[str, tuple[int, ...]], ...]]:
     if positions is None:
         return None, ()
@@ -276,13 +310,16 @@ def _positions(positions: Positions | int | str) -> tuple[Any, tuple[tuple[str, 
             (name, (at,) if isinstance(at, int) else tuple(int(place) for place in at))
             for name, at in positions.items()
         )
+        if empty := [name for name, at in named if not at]:
+            raise PlanError(f"the positions of {empty[0]!r} are empty; name at least one")
         return tuple(name for name, _ in named), named
-    return tuple(positions), ()
+    positions = tuple(positions)
+    if len(set(positions)) < len(positions):
+        raise PlanError(f"positions are given twice: {positions}")
+    return positions, ()
 
 
-def grid(
-    components: str | Sequence[str], layers: Sequence[int] | int | None = None, positions: Any = None
-) -> Plan:
+def grid(components: str | Sequence[str], layers: Sequence[int] | int | None = None, positions: Any = None) -> Plan:
     """One cell for each component, layer and position. None = all.
 
     Args:
@@ -343,7 +380,10 @@ def sets(members: Mapping[str, Sequence[Any]]) -> Plan:
 
 
 def paths(
-    senders: Sequence[str | Site] | str, receivers: Sequence[str | Site] | str, *, together: bool = False,
+    senders: Sequence[str | Site] | str,
+    receivers: Sequence[str | Site] | str,
+    *,
+    together: bool = False,
     through_mlps: bool = False,
 ) -> Plan:
     """One cell for each sender → receiver edge (dims sender, receiver); `together` makes all edges one cell."""

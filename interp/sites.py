@@ -85,7 +85,9 @@ class Site:
                 f"cannot read site {text!r}; write e.g. 'L9.H6.z@-1', 'L5.resid_pre', 'L3.H2', 'L3.mlp', "
                 "'embed', 'logits' or 'blocks.9.attn.hook_z'"
             )
-        part = {key: int(found[key]) if found[key] is not None else None for key in ("layer", "head", "unit", "position")}
+        part = {
+            key: int(found[key]) if found[key] is not None else None for key in ("layer", "head", "unit", "position")
+        }
         kind = found["bare"] or found["kind"] or ("head_out" if part["head"] is not None else None)
         if kind is None:
             raise SiteError(f"site {text!r} names a layer only; add a kind, e.g. '{text}.resid_pre'")
@@ -105,6 +107,12 @@ class Site:
         if self.kind == "head_out" and self.head is not None:
             return f"L{self.layer}.H{self.head}{at}"
         return f"L{self.layer}.mlp{at}" if self.kind == "mlp_out" else str(self)
+
+    def overlaps(self, other: Site) -> bool:
+        """Whether both name some of the same numbers: the same kind and layer, and no part in which they differ."""
+        parts = ((self.head, other.head), (self.unit, other.unit), (self.position, other.position))
+        same = (self.kind, self.layer) == (other.kind, other.layer)
+        return same and all(a is None or b is None or a == b for a, b in parts)
 
     def at(self, **changes: int | None) -> Site:
         """The same site with some of layer, head, position or unit changed."""

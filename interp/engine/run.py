@@ -52,16 +52,16 @@ def choose_schedule(model: Model, schedule: str) -> str:
     return schedule
 
 
-def check_metric(metric: Metric, encoded: EncodedPairs, d_vocab: int) -> None:
+def check_metric(metric: Metric, encoded: EncodedPairs, d_vocab: int, gradient: bool = False) -> None:
     """Try a metric on random logits before the model runs.
 
     Raises:
-        MetricError: it fails, needs what the pairs lack, returns another shape than [row], or NaN.
+        MetricError: it fails, needs what the pairs lack, returns another shape than [row], NaN, or no gradient.
     """
     name = getattr(metric, "__name__", repr(metric))
     rows = 3
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(rows, d_vocab, generator=generator)
+    logits = torch.randn(rows, d_vocab, generator=generator).requires_grad_(gradient)
 
     def tokens(sets: Any) -> torch.Tensor | None:
         if sets is None:
@@ -74,18 +74,22 @@ def check_metric(metric: Metric, encoded: EncodedPairs, d_vocab: int) -> None:
     batch = Batch(
         answers=tokens(encoded.answers),
         distractors=tokens(encoded.distractors),
-        clean_logits=logits.flip(0),
-        corrupted_logits=None if encoded.corrupted is None else logits.roll(1, 0),
+        clean_logits=logits.detach().flip(0),
+        corrupted_logits=None if encoded.corrupted is None else logits.detach().roll(1, 0),
     )
     missing = [key for key, value in batch.items() if value is None]
     try:
         out = metric(logits, batch)
     except Exception as error:
         lacks = f" (these pairs have no {' and no '.join(missing)})" if missing else ""
-        raise MetricError(f"metric {name} fails on logits [row, d_vocab] = {list(logits.shape)}{lacks}: {error}") from error
+        raise MetricError(
+            f"metric {name} fails on logits [row, d_vocab] = {list(logits.shape)}{lacks}: {error}"
+        ) from error
     if not isinstance(out, torch.Tensor) or out.shape != (rows,):
         got = f"shape {list(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
         raise MetricError(f"metric {name} returned {got}; it must return one number per row, shape [row] = [{rows}]")
+    if gradient and not out.requires_grad:
+        raise MetricError(f"metric {name} has no gradient, so nothing can be attributed; use `patch`, or log_prob")
     if out.isnan().any():
         raise MetricError(f"metric {name} returned NaN on finite logits; shape {list(out.shape)}")
 
@@ -120,7 +124,8 @@ def context_of(model: Model, encoded: EncodedPairs, direction: str, resolved: Re
     """What compiling needs to know about this model and these pairs."""
     from transformers import DynamicCache
 
-    values, indices = constants(resolved)
+    base = encoded.clean if direction == "noising" or encoded.corrupted is None else encoded.corrupted
+    values, indices = constants(resolved, model.taps, max(map(len, base)))
     accepts = frozenset(inspect.signature(type(model.hf).forward).parameters)
     cache = DynamicCache if schedule == "prefix" else None
     cuts = {number: cell.cut for number, cell in enumerate(resolved.cells) if cell.cut is not None}
@@ -157,6 +162,8 @@ def run_plan(
     check_direction(direction, encoded, needs_source)
     resolved = plan.resolve(model, encoded)
     resolved = resolved if rewrite is None else rewrite(resolved)
+    if budget is not None and budget < 1:
+        raise PlanError(f"max_tokens={budget}: a forward pass holds at least one token; leave it out for the default")
     begun = read_identity(checkpoint)  # what was begun goes on with the same chunks
     schedule = choose_schedule(model, begun.get("schedule", schedule) if schedule == "auto" else schedule)
     check_metric(metric, encoded, model.vocab_size)

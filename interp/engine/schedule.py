@@ -21,6 +21,7 @@ import torch
 
 from ..edits import FIELDS, OPS, Edit
 from ..errors import PlanError
+from ..models.views import features
 from ..pairs import EncodedPairs
 from ..plan import EVERYWHERE, Cell, Resolved
 from ..sites import TABLE_KINDS, Site
@@ -30,6 +31,8 @@ SCHEDULES = ("naive", "rows", "growing", "prefix")
 #: What one more forward pass costs beside its rows, in tokens: Python, nnsight, weights read from memory.
 OVERHEAD = 60
 REPLACE = OPS.index("replace")
+#: Kinds whose features are a part of a module's tensor.
+PARTS = ("q", "k", "v", "z", "q_rot", "k_rot", "head_out", "mlp_pre")
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,14 @@ def value_key(value: Any) -> Any:
     return id(value) if isinstance(value, torch.Tensor) else value
 
 
-def constants(resolved: Resolved) -> tuple[dict[tuple[int, str], torch.Tensor], dict[tuple[int, str, Any], int]]:
-    """The constants of a plan by site: `[value, position or 1, feature or 1]`, and where each edit's constant stands."""
+def constants(
+    resolved: Resolved, taps: dict[str, Any], length: int
+) -> tuple[dict[tuple[int, str], torch.Tensor], dict[tuple[int, str, Any], int]]:
+    """The constants of a plan by site: `[value, position or 1, feature or 1]`, and where each edit's constant stands.
+
+    Raises:
+        PlanError: a constant that is no finite number or tensor, or does not fit its site or prompts of this length.
+    """
     found: dict[tuple[int, str], list[torch.Tensor]] = {}
     indices: dict[tuple[int, str, Any], int] = {}
     for cell in resolved.cells:
@@ -150,13 +159,34 @@ def constants(resolved: Resolved) -> tuple[dict[tuple[int, str], torch.Tensor], 
             key = (*site, value_key(edit.value))
             if key not in indices:
                 indices[key] = len(found.setdefault(site, []))
-                value = torch.as_tensor(edit.value, dtype=torch.float32)
-                found[site].append(value.reshape((1,) * (2 - value.ndim) + tuple(value.shape)))
+                found[site].append(constant(edit, taps, length))
     stacked = {}
     for site, values in found.items():
         shape = [max(value.shape[dim] for value in values) for dim in (0, 1)]
         stacked[site] = torch.stack([value.expand(*shape) for value in values])
     return stacked, indices
+
+
+def constant(edit: Edit, taps: dict[str, Any], length: int) -> torch.Tensor:
+    """An edit's constant as `[position or 1, feature or 1]`, checked against its site."""
+    kind = edit.site.kind
+    try:
+        value = torch.as_tensor(edit.value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PlanError(f"the value of {edit.op!r} at {edit.site} is {edit.value!r}, no number or tensor") from error
+    part = features(taps, kind) if kind in PARTS else None
+    width = taps["d_model"] if part is None else int(part.max()) + 1
+    width = 1 if kind == "pattern" else taps["d_mlp"] if kind == "neuron" else width
+    shape = (1,) * (2 - value.ndim) + tuple(value.shape)
+    fits = len(shape) == 2 and (shape[1] == 1 or shape[1] >= width) and (shape[0] == 1 or shape[0] >= length)
+    if not fits:
+        raise PlanError(
+            f"the value of {edit.op!r} at {edit.site} has shape {list(value.shape)}; it is a number, [{width}] features, "
+            f"or [{length}, {width}] by position, as the site's module has them"
+        )
+    if not value.isfinite().all():
+        raise PlanError(f"the value of {edit.op!r} at {edit.site}, shape {list(value.shape)}, holds NaN or infinity")
+    return value.reshape(shape)
 
 
 def check_direction(direction: str, encoded: EncodedPairs, needs_source: bool = True) -> None:
@@ -185,6 +215,7 @@ def make_rows(resolved: Resolved, context: Context, prune: bool) -> tuple[list[R
         for number, cell in enumerate(resolved.cells):
             entries: list[tuple[Any, ...]] = []
             first, stage, exists = 0, 10**9, True  # first: counted from the end, 0 = touches nothing
+            only_replaced = all(edit.op == "replace" for edit, _ in cell.edits)  # a constant may differ anywhere
             for edit, place in cell.edits:
                 site = edit.site
                 layer = -1 if site.layer is None else site.layer
@@ -195,7 +226,7 @@ def make_rows(resolved: Resolved, context: Context, prune: bool) -> tuple[list[R
                     if not exists:
                         break
                     columns = columns[::-1] if swap else columns
-                known = differs[pair] if differs is not None and edit.op == "replace" else 0
+                known = differs[pair] if differs is not None and only_replaced else 0
                 if columns is None:
                     first = min(first, known - base)
                     columns = ((-1,), (-1,))
@@ -286,7 +317,8 @@ def edge_row(cell: Cell, number: int, pair: int, start: int, length: int, taps: 
     if not held and not sent:
         return Row(pair, number, plain.stage, plain.first, plain.entries)
     frozen = (*dict.fromkeys(held),) + tuple(
-        (layer, TABLE_KINDS.index("z"), REPLACE, -1, -1, -1, -1, -1, BASE) for layer in range(lowest + 1, taps["n_layers"])
+        (layer, TABLE_KINDS.index("z"), REPLACE, -1, -1, -1, -1, -1, BASE)
+        for layer in range(lowest + 1, taps["n_layers"])
     )
     helper = Row(pair, -1, max(0, lowest), first, frozen, tuple(sent.values()))
     if all(edge.receiver == Site("logits") for edge in cell.edges):
@@ -342,7 +374,9 @@ def compile_chunk(
     ] + [width - len(base[row.pair]) + context.answer_at(row.pair, False) - start_column for row in patched]
     noising = context.direction == "noising" or source is None
     clean = [place[pair, False] if noising else place[pair, True] for pair in owners]
-    corrupted = [place[pair, True] if noising else place[pair, False] for pair in owners] if source is not None else None
+    corrupted = (
+        [place[pair, True] if noising else place[pair, False] for pair in owners] if source is not None else None
+    )
     program: dict[str, Any] = {
         "inputs": inputs_of(prompts, width, start_column, context.accepts),
         "origin": torch.tensor([place[row.pair, False] for row in late], dtype=torch.long),

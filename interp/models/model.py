@@ -26,6 +26,9 @@ from .views import at, matrix
 if TYPE_CHECKING:
     from ..audit import AuditReport
 
+#: How transformers says that a folder's architecture is not one that it can load as a language model.
+UNKNOWN_ARCHITECTURE = ("not recognize this architecture", "Unrecognized configuration class", "Unrecognized model")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -161,7 +164,9 @@ class Model:
                 raise SiteError(f"site {site} needs a layer; this model has layers 0 to {self.n_layers - 1}")
             if not -self.n_layers <= layer < self.n_layers:
                 hint = f", did you mean L{layer // 10}?" if 10 <= layer and layer // 10 < self.n_layers else ""
-                raise SiteError(f"site {site}: layer {layer}, but {self.name} has layers 0 to {self.n_layers - 1}{hint}")
+                raise SiteError(
+                    f"site {site}: layer {layer}, but {self.name} has layers 0 to {self.n_layers - 1}{hint}"
+                )
             layer %= self.n_layers
         if site.head is not None and not 0 <= site.head < self.heads_of(site.kind):
             what = "key/value heads" if site.kind in KV_KINDS else "heads"
@@ -225,6 +230,11 @@ def load_model(
 
     name, note = str(model), ""
     if isinstance(model, torch.nn.Module):
+        if not hasattr(model, "config"):
+            raise ArchitectureError(
+                f"a {type(model).__name__} is no HuggingFace language model: it has no config that says how it is built; "
+                "give a transformers model, a hub id, a folder or a bundled name"
+            )
         name = getattr(model.config, "name_or_path", "") or type(model).__name__
         hf = model
         tokenizer = tokenizer or _ids_only(int(model.config.get_text_config().vocab_size))
@@ -338,7 +348,7 @@ def _from_pretrained(
     options: dict[str, Any],
 ) -> tuple[Any, Any]:
     """The HuggingFace model, or when remote a weightless nnsight model that servers know, and the tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if isinstance(source, os.PathLike) or os.sep in str(source)[:1] or str(source).startswith((".", "~")):
         source = Path(source).expanduser()
@@ -350,7 +360,9 @@ def _from_pretrained(
     common = {} if revision is None else {"revision": revision}
     if attn_implementation is not None:
         options = {**options, "attn_implementation": attn_implementation}
-    try:
+    try:  # an unknown architecture is told before its tokenizer or weights are looked for
+        asked = {name: options[name] for name in ("trust_remote_code", "gguf_file") if name in options}
+        AutoConfig.from_pretrained(source, **common, **asked)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **common)
         if remote:
             if dtype is not None:
@@ -365,6 +377,12 @@ def _from_pretrained(
             dtype = torch.float32 if str(device) == "cpu" and "quantization_config" not in options else "auto"
         hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **common, **options)
         return hf if device_map is not None else hf.to(device), tokenizer
+    except ValueError as error:
+        if not any(text in str(error) for text in UNKNOWN_ARCHITECTURE):
+            raise
+        raise ArchitectureError(
+            f"{source} holds no causal language model that transformers knows: {str(error).splitlines()[0]}"
+        ) from error
     except OSError as error:
         raise ModelNotFoundError(
             f"no model {str(source)!r}: not a local folder, not a bundled name ({', '.join(BUNDLED)}), and the hub "

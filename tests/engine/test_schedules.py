@@ -40,10 +40,7 @@ def pairs_of(*lengths: int, differ: int = 3) -> PromptPairs:
 
 def runs(model, pairs, plan, direction="noising", metric=weighed, schedules=("naive", *FAST), **options):
     """The same effects by each schedule; the first is the reference."""
-    return [
-        interp.patch(model, pairs, plan, metric, direction, schedule=schedule, **options)
-        for schedule in schedules
-    ]
+    return [interp.patch(model, pairs, plan, metric, direction, schedule=schedule, **options) for schedule in schedules]
 
 
 def assert_same(effects: list, tolerance: float = 1e-5) -> None:
@@ -173,9 +170,7 @@ def check_sets(family: str, direction: str, members: dict, patches: dict, pairs:
 
 
 @in_both_directions
-@pytest.mark.parametrize(
-    "family", ["gpt2", "llama_gqa", "gemma2", "gpt_neox", "bloom", "falcon_new", "mixtral", "opt"]
-)
+@pytest.mark.parametrize("family", ["gpt2", "llama_gqa", "gemma2", "gpt_neox", "bloom", "falcon_new", "mixtral", "opt"])
 def test_sets_of_sites_are_patched_together(family: str, direction: str) -> None:
     members = {
         "heads": ["L0.H1.z", "L2.H3.z", "L1.H0.v"],
@@ -288,9 +283,7 @@ def test_answers_elsewhere_than_at_the_end_sets_of_answers_and_each_pairs_own_va
     pairs = PromptPairs(clean, corrupted, answers, distractors, answer_positions=at)
     plan = interp.grid("resid_pre", layers=[1], positions=[0, 3, 5])
     oracle = oracle_of("llama_gqa")
-    effects = interp.patch(
-        loaded("llama_gqa"), pairs, plan, direction=direction, schedule=schedule, max_tokens=50
-    )
+    effects = interp.patch(loaded("llama_gqa"), pairs, plan, direction=direction, schedule=schedule, max_tokens=50)
 
     def score(logits: Tensor, pair: int) -> float:
         row = logits[at[pair]]
@@ -334,3 +327,20 @@ def test_every_metric_sees_the_clean_and_the_corrupted_run_of_its_own_pair(direc
 def test_a_schedule_that_does_not_exist() -> None:
     with pytest.raises(PlanError, match="unknown schedule 'fast'"):
         interp.patch(loaded("gpt2"), pairs_of(6), interp.grid("z"), weighed, schedule="fast")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama_gqa", "gemma3"])
+def test_a_constant_makes_positions_differ_that_the_prompts_share(family: str) -> None:
+    """Behind a constant, a replacement before the first difference restores what the constant changed."""
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    steer = Edit(Site("resid_pre", 0, position=0), "add", vector)
+    members = {
+        "restored at once": [steer, Site("resid_pre", 1, position=0)],
+        "steered": [steer],
+        "a part restored": [steer, Site("mlp_out", 0, position=0)],
+    }
+    pairs = pairs_of(7, differ=4)
+    effects = runs(loaded(family), pairs, interp.sets(members), max_tokens=60)
+    assert_same(effects)
+    moved = abs(effects[0].values - effects[0].base)[:, 0]
+    assert float(moved[1]) > 0.01 and float(abs(moved[2] - moved[1])) > 1e-3
