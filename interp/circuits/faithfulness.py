@@ -15,7 +15,7 @@ from ..models.model import Model
 from ..pairs import PromptPairs
 from .circuit import Circuit
 from .discovery import discover
-from .nodes import Facts
+from .nodes import Facts, node
 from .runs import reference_of, run_masks
 
 #: Sizes of circuits as fractions of all edges (or nodes), the protocol of MIB (Mueller et al. 2025).
@@ -78,8 +78,9 @@ def evaluate_circuit(
 ) -> Evaluation:
     """Faithfulness of the circuit's best edges (or nodes) at every size, all else ablated.
 
-    A circuit of scores over the whole model is cut to its top fractions (MIB's sizes by default). `absolute` ranks by
-    |score|; False by score, so that edges that hurt come last.
+    A circuit of scores over the whole model is cut to its top fractions (MIB's sizes by default); of a smaller circuit
+    the last row is all of it, and of one without scores the only row. `absolute` ranks by |score|; False by score, so
+    that edges that hurt come last.
 
     Args:
         completeness: also how near the model without the circuit comes to the empty one, 1 − |f(model without it)|.
@@ -91,23 +92,22 @@ def evaluate_circuit(
     """
     facts = Facts.of(model)
     total = facts.n_edges if circuit.level == "edge" else len(facts.senders) - 1
-    sizes = [min(total, max(1, round(fraction * total))) for fraction in (fractions or FRACTIONS)]
-    parts = [_largest(circuit, size, absolute) for size in sizes]
-    masks = [part.matrix(facts) for part in parts]
-    everything, nothing = facts.mask, np.zeros_like(facts.mask)
-    more: list[np.ndarray] = [everything & ~circuit.matrix(facts)] if completeness else []
-    out = _taken_out(circuit, minimality)
-    more += [part.matrix(facts) for _, part in out]
+    whole, sizes = circuit.matrix(facts), _sizes(circuit, fractions or FRACTIONS, total)
+    masks = _largest(circuit, sizes, absolute, facts)
+    nothing = np.zeros_like(whole)
+    rest = [facts.mask & ~whole] if completeness else []
+    without = _taken_out(circuit, minimality, facts)
+    taken = [whole, *without.values()] if without else []
     filled = reference_of(model, pairs, ablation, reference)
-    effects = run_masks(model, pairs, [nothing, *masks, *more], ablation, metric, reference=filled, **options)
+    every = [nothing, *masks, *rest, *taken]
+    effects = run_masks(model, pairs, every, ablation, metric, reference=filled, **options)
     values, full = effects.values.values, effects.clean.values
-    empty, rows = values[0], values[1 : len(masks) + 1]
+    empty, rows, tail = values[0], values[1 : len(masks) + 1], values[len(masks) + 1 :]
     scores = faithfulness_of(rows, full, empty)
     low, high = _intervals(rows, full, empty, samples, seed)
-    counts = [int(mask.sum()) for mask in masks]
     curve = pd.DataFrame(
         {
-            "n_edges": counts,
+            "n_edges": [int(mask.sum()) for mask in masks],
             "fraction": [size / total for size in sizes],
             "metric": rows.mean(1),
             "faithfulness": scores,
@@ -119,14 +119,12 @@ def evaluate_circuit(
         curve.insert(0, "n_nodes", sizes)
     fraction = curve["fraction"].to_numpy()
     complete, minimal = None, None
-    tail = values[len(masks) + 1 :]
     if completeness:
         complete = 1 - abs(float(faithfulness_of(tail[:1], full, empty)[0]))
         tail = tail[1:]
-    if out:
-        kept = faithfulness_of(_whole(model, pairs, circuit, ablation, metric, filled, options), full, empty)[0]
-        drops = kept - faithfulness_of(tail, full, empty)
-        minimal = pd.DataFrame({"part": [name for name, _ in out], "drop": drops})
+    if without:
+        kept, *others = faithfulness_of(tail, full, empty)
+        minimal = pd.DataFrame({"part": list(without), "drop": kept - np.array(others)})
     return Evaluation(
         curve,
         float(np.trapezoid(scores, fraction)),
@@ -139,31 +137,49 @@ def evaluate_circuit(
     )
 
 
-def _whole(
-    model: Model, pairs: PromptPairs, circuit: Circuit, ablation: str, metric: Metric, reference: Any, options: dict
-) -> np.ndarray:
-    """The metric of a whole circuit `[1, pair]`."""
-    mask = circuit.matrix(Facts.of(model))
-    return run_masks(model, pairs, [mask], ablation, metric, reference=reference, **options).values.values
+def _ranking(circuit: Circuit) -> list[tuple[Any, float]]:
+    """What can be left out, strongest first: embed is in every circuit of nodes."""
+    return [(name, score) for name, score in circuit.ranking() if name != "embed"]
 
 
-def _largest(circuit: Circuit, size: int, absolute: bool) -> Circuit:
-    ranked = circuit.ranking()
+def _sizes(circuit: Circuit, fractions: Sequence[float], total: int) -> list[int]:
+    """How many edges or nodes each row keeps; those of a circuit that is not the whole model end with all it has."""
+    sizes = [min(total, max(int(fraction > 0), round(fraction * total))) for fraction in fractions]
+    own = circuit.n_edges if circuit.level == "edge" else circuit.n_nodes
+    if len(_ranking(circuit)) < own:  # no scores to rank by
+        return [own]
+    return sizes if own == total else [*(size for size in sizes if size < own), own]
+
+
+def _largest(circuit: Circuit, sizes: Sequence[int], absolute: bool, facts: Facts) -> list[np.ndarray]:
+    """Masks of the circuit's strongest edges or nodes, one for each size."""
+    ranked = _ranking(circuit)
+    if not ranked:
+        return [circuit.matrix(facts) for _ in sizes]
     if not absolute:
         ranked = sorted(ranked, key=lambda item: -item[1])
-    chosen = dict(ranked[:size])
-    make = Circuit.from_edges if circuit.level == "edge" else Circuit.from_nodes
-    return make(chosen, circuit.facts, circuit.meta)
+    if circuit.level == "node":
+        return [Circuit.from_nodes(dict(ranked[:size]), facts).matrix() for size in sizes]
+    senders, receivers = facts.sender_index, facts.receiver_index
+    places = np.array([(senders[node(s)], receivers[node(r)]) for (s, r), _ in ranked])
+    masks = []
+    for size in sizes:
+        mask = np.zeros_like(facts.mask)
+        mask[places[:size, 0], places[:size, 1]] = True
+        masks.append(mask)
+    return masks
 
 
-def _taken_out(circuit: Circuit, count: int) -> list[tuple[str, Circuit]]:
-    """The circuit without each of its strongest parts."""
-    scores = circuit.scores()
-    make = Circuit.from_edges if circuit.level == "edge" else Circuit.from_nodes
-    out = []
-    for name, _ in circuit.ranking()[:count]:
-        rest = {other: score for other, score in scores.items() if other != name}
-        out.append((" -> ".join(name) if isinstance(name, tuple) else name, make(rest, circuit.facts, circuit.meta)))
+def _taken_out(circuit: Circuit, count: int, facts: Facts) -> dict[str, np.ndarray]:
+    """Masks of the circuit without each of its strongest parts, by the part's name."""
+    ranked, out = _ranking(circuit), {}
+    for name, _ in ranked[:count]:
+        if circuit.level == "node":
+            out[name] = Circuit.from_nodes({n: score for n, score in ranked if n != name}, facts).matrix()
+            continue
+        mask = circuit.matrix(facts)
+        mask[facts.sender_index[node(name[0])], facts.receiver_index[node(name[1])]] = False
+        out[" -> ".join(name)] = mask
     return out
 
 
@@ -205,10 +221,12 @@ def stability(
 def compare_circuits(circuit: Circuit, reference: Circuit | Sequence[Any], facts: Any = None) -> dict[str, float]:
     """Precision, recall and AUROC of a circuit's edges (nodes) against a reference circuit.
 
-    AUROC ranks every possible edge of the model by |score|, absent edges as 0; ties count half.
+    AUROC ranks every possible edge of the model by |score|, absent edges as 0 (in a circuit without scores, what it
+    has as 1); ties count half. `embed`, which is in every circuit of nodes, is not counted as one.
 
     Raises:
-        CircuitError: no facts to say which edges are possible, or a reference that is empty or everything.
+        CircuitError: no facts to say which edges are possible, a reference that is empty or everything, or one of
+            edges where the other is of nodes.
     """
     facts = Facts.of(facts) if facts is not None else circuit.facts
     if facts is None:
@@ -231,13 +249,15 @@ def compare_circuits(circuit: Circuit, reference: Circuit | Sequence[Any], facts
 
 
 def _vectors(circuit: Circuit, reference: Circuit, facts: Facts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every possible part: whether the reference has it, its score, and whether the circuit has it."""
+    if circuit.level != reference.level:
+        raise CircuitError(f"a circuit of {circuit.level}s cannot be compared with one of {reference.level}s")
     if circuit.level == "edge":
         possible = facts.mask
-        return reference.matrix(facts)[possible], circuit.score_matrix(facts)[possible], circuit.matrix(facts)[possible]
-    names = [site.node for site in facts.senders]
-    scores, inside = circuit.scores(), set(reference.scores())
-    return (
-        np.array([name in inside for name in names]),
-        np.array([scores.get(name, 0.0) for name in names]),
-        np.array([name in scores for name in names]),
-    )
+        truth, kept = reference.matrix(facts)[possible], circuit.matrix(facts)[possible]
+        scores = circuit.score_matrix(facts)[possible]
+    else:
+        names = [site.node for site in facts.senders[1:]]  # embed is in every circuit of nodes
+        truth, kept = (np.isin(names, each.nodes()) for each in (reference, circuit))
+        scores = np.array([circuit.scores().get(name, 0.0) for name in names])
+    return truth, scores if circuit.scores() else kept.astype(float), kept

@@ -8,9 +8,9 @@ only: these functions also travel to a remote server.
 A program's `edges` is a dictionary with `mode`:
     "patch"   `table [edge, field]` (FIELDS): in row `row`, the receiver reads what it reads in the base run, with the
               source run's contribution of `sender` instead of the base run's
-    "cut"     `rows`, `mask [row, receiver, sender]` (True = cut), `reference`: every receiver of these rows reads, for cut
-              edges, the reference's contribution instead of this run's own. `reference` is "source" (row `source [row]`),
-              "zero", or constants `[sender, position or 1, d_model]`; `origin [row]` is each row's base row
+    "cut"     `rows`, `mask [row, receiver, sender]` (True = cut), `reference`: every receiver of these rows reads, for
+              cut edges, the reference's contribution instead of this run's own. `reference` is "source" (row
+              `source [row]`), "zero", or constants `[sender, position or 1, d_model]`; `origin [row]`: its base row
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RECEIVERS = ("q", "k", "v", "mlp", "logits", "attn_out", "mlp_out", "embed")
 
 
 def sender_index(taps: dict[str, Any], layer: int, head: int | None) -> int:
-    """Place of a sender in their order: embed, then heads and MLP of each layer; `head` None is the MLP, layer -1 embed."""
+    """Place of a sender in their order: embed (layer -1), then heads and MLP (`head` None) of each layer."""
     if layer < 0:
         return 0
     heads = int(taps["n_heads"])
@@ -44,7 +44,7 @@ def receiver_index(taps: dict[str, Any], layer: int, kind: str, head: int = 0) -
 
 
 def head_contributions(taps: dict[str, Any], block: Any, z: Tensor) -> Tensor:
-    """What each head adds to the stream, without biases: z `[row, position, feature]` -> `[row, head, position, d_model]`.
+    """What each head adds to the stream, without biases, `[row, head, position, d_model]`; z is by feature.
 
     Behind a post-attention norm, a head's part is its share of the norm's output at the norm's scale in this run.
     """
@@ -58,6 +58,16 @@ def head_contributions(taps: dict[str, Any], block: Any, z: Tensor) -> Tensor:
     return heads
 
 
+def bias_contribution(taps: dict[str, Any], block: Any, z: Tensor) -> Tensor | None:
+    """What an attention layer adds that is no head's: its output bias, `[row, position or 1, d_model]`."""
+    module = at(block, taps["o"])
+    bias: Tensor | None = module.bias
+    if bias is not None and taps["post_attn"]:
+        scale, weight = norm_parts(at(block, taps["post_attn"]), module(z))
+        return bias * scale * weight
+    return None if bias is None else bias[None, None].expand(len(z), 1, -1)
+
+
 class Edges:
     """Contributions seen so far in one forward pass, and the reads that they change."""
 
@@ -66,6 +76,7 @@ class Edges:
         self.hidden: Tensor | None = None  # what enters the current block `[row, position, d_model]`
         self.mid: Tensor | None = None  # what the current MLP's norm reads
         self.parts: list[Tensor] = []  # "cut": contributions `[row, sender, position, d_model]` in order of senders
+        self.biases: list[Tensor] = []  # "cut" to zero: what attention biases add `[row, position or 1, d_model]`
         self.deltas: dict[int, Tensor] = {}  # "patch": sender -> source − base `[stream, position, d_model]`
         if self.mode == "patch":
             table = spec["table"].long()
@@ -137,11 +148,14 @@ class Edges:
         # a copy of x: a block may add to it in place later (Falcon)
         parts = head_contributions(taps, block, x) if what == "heads" else x.unsqueeze(1).clone()
         self.parts.append(parts)
+        if what == "heads" and isinstance(self.spec["reference"], str):
+            added = bias_contribution(taps, block, x)
+            self.biases.append(x.new_zeros(len(x), 1, parts.shape[-1]) if added is None else added)
 
     # ---- reads -------------------------------------------------------------------------------------------------
 
     def changes(self, layer: int, kind: str, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """ "patch": (rows, base rows, heads, columns, Δ `[read, position, d_model]`) of the changed reads at a layer."""
+        """ "patch": (rows, base rows, heads, columns, Δ `[read, position, d_model]`) of a layer's changed reads."""
         chosen = self.by_layer[layer, kind]
         table, streams = self.table[chosen], self.stream_of[chosen]
         place = {name: index for index, name in enumerate(FIELDS)}
@@ -159,26 +173,37 @@ class Edges:
             columns[read] = column
         return reads[:, 0].to(like.device), reads[:, 1].to(like.device), reads[:, 2], columns, delta
 
-    def cut_change(self, layer: int, kind: str, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """ "cut": (rows, Δ `[row, read, position, d_model]`) of the reads of a kind at a layer.
+    def cut_reads(self, layer: int, kind: str, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """ "cut": (rows, what the receivers of a kind at a layer read `[row, read, position, d_model]`).
 
-        A row that joined later was its base row until then.
+        A row that joined later was its base row until then. Cut to zero, the read is summed from what is kept: the
+        difference of a stream and all of its parts is rounding noise, which a norm would blow up to the size of a read.
         """
-        spec = self.spec
+        spec, taps = self.spec, self.taps
         here = spec["rows"] < len(like)  # rows that have joined
         rows, origin = spec["rows"][here].to(like.device), spec["origin"][here].to(like.device)
-        own = torch.cat([part[torch.where(rows < len(part), rows, origin)] for part in self.parts], dim=1)
-        first = receiver_index(self.taps, layer, kind)
-        mask = spec["mask"][here, first : first + count, : own.shape[1]].to(like.device, like.dtype)
+
+        def of_rows(part: Tensor) -> Tensor:
+            return part[torch.where(rows < len(part), rows, origin)].to(like.device)
+
+        after = kind == "mlp" and not taps["parallel"]  # it also reads the heads of its layer
+        senders = sender_index(taps, layer, None if after else 0)
+        own = torch.cat([of_rows(part) for part in self.parts], dim=1)[:, :senders]
+        first = receiver_index(taps, layer, kind)
+        mask = spec["mask"][here, first : first + count, :senders].to(like.device)
+        cut, stream = mask.to(like.dtype), like[rows].unsqueeze(1)
+        if isinstance(spec["reference"], str) and spec["reference"] == "zero":
+            kept = torch.einsum("rks,rspm->rkpm", 1 - cut, own)
+            for bias in self.biases[: layer + after]:
+                kept = kept + of_rows(bias).unsqueeze(1)
+            return rows, torch.where(mask.any(2)[..., None, None], kept, stream)
         if isinstance(spec["reference"], Tensor):
-            other = spec["reference"][None, : own.shape[1]].to(like.device, like.dtype)
-            change = other - own
-        elif spec["reference"] == "zero":
-            change = -own
+            change = spec["reference"][None, :senders].to(like.device, like.dtype) - own
         else:
             source = spec["source"][here].to(like.device)
-            change = torch.cat([part[source] for part in self.parts], dim=1) - own
-        return rows, torch.einsum("rks,rspm->rkpm", mask, change)
+            change = torch.cat([part[source.to(part.device)].to(like.device) for part in self.parts], dim=1)
+            change = change[:, :senders] - own
+        return rows, stream + torch.einsum("rks,rspm->rkpm", cut, change)
 
     def project(self, layer: int, kind: str, block: Any, x: Tensor) -> Tensor:
         """Write the changed reads of q, k or v into their projection's output `[row, position, feature]`."""
@@ -200,8 +225,7 @@ class Edges:
                 x[row, where, index[head]] = new[number, where, index[head]]
             return x
         count = len(index)
-        rows, delta = self.cut_change(layer, kind, count, self.hidden)
-        read = self.hidden[rows].unsqueeze(1) + delta
+        rows, read = self.cut_reads(layer, kind, count, self.hidden)
         normed = at(block, taps["norm1"])(read) if taps["norm1"] else read
         x[rows[:, None, None], torch.arange(x.shape[1])[None, :, None], index.flatten()[None, None]] = (
             project_heads(module, normed, index).transpose(1, 2).flatten(2)
@@ -219,10 +243,10 @@ class Edges:
         x = x.clone()
         if self.mode == "patch":
             rows, base, _, columns, delta = self.changes(layer, "mlp", stream)
+            read = stream[base] + delta
         else:
-            rows, change = self.cut_change(layer, "mlp", 1, stream)
-            base, columns, delta = rows, torch.full((len(rows),), -1), change[:, 0]
-        read = stream[base] + delta
+            rows, reads = self.cut_reads(layer, "mlp", 1, stream)
+            columns, read = torch.full((len(rows),), -1), reads[:, 0]
         new = norm(read) if norm is not None else read
         for number, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
             where = slice(None) if column < 0 else slice(column, column + 1)
@@ -237,8 +261,8 @@ class Edges:
         x = x.clone()
         if self.mode == "patch":
             rows, base, _, _, delta = self.changes(end, "logits", x)
+            x[rows] = x[base] + delta
         else:
-            rows, change = self.cut_change(end, "logits", 1, x)
-            base, delta = rows, change[:, 0]
-        x[rows] = x[base] + delta
+            rows, reads = self.cut_reads(end, "logits", 1, x)
+            x[rows] = reads[:, 0]
         return x

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from interp import PromptPairs
 
 from ..families import words
+from ..oracle.configs import tiny
 from ..oracle.edges import _redirect, _watch_senders, all_edges, contributions
 from ..oracle.hooks import Oracle
 
@@ -23,6 +26,21 @@ def two_pairs(length: int = 6, other: int = 5) -> PromptPairs:
     """Two pairs of random prompts, of different lengths; the second pair's prompts share their start."""
     (a, b), (c, d) = words(length, other, seed=1), words(length, other, seed=11)
     return PromptPairs([a, b], [c, b[:2] + d[2:]], list(ANSWERS), list(DISTRACTORS))
+
+
+def in_double(family: str) -> tuple[Any, Any]:
+    """A tiny model in float64, whose RMS norms do not fall back to fp32 as their own code does, and its tokenizer."""
+    model, tokenizer = tiny(family)
+    for module in model.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            plus = 1.0 if "Gemma" in type(module).__name__ else 0.0
+
+            def forward(norm: Any, x: Tensor, plus: float = plus) -> Tensor:
+                epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+                return (plus + norm.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+
+            module.forward = MethodType(forward, module)
+    return model, tokenizer
 
 
 def difference(logits: Tensor, pair: int) -> Tensor:

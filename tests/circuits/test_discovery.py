@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,10 @@ from interp.circuits.acdc import acdc
 from interp.errors import CircuitError, MetricError, PairsError
 
 from ..families import allowed, count_forwards, loaded, oracle_of, words
-from ..oracle.configs import tiny
 from ..oracle.edges import all_edges, edges, receivers, senders
 from ..oracle.hooks import Oracle
 from .known import linear
-from .naive import Edge, difference, greedy, slope, two_pairs, with_edge
+from .naive import Edge, difference, greedy, in_double, slope, two_pairs, with_edge
 
 NAMED = ("gpt2", "llama_gqa", "gemma2", "gemma3", "gpt_neox")
 #: Also one norm for attention and MLP (gptj, cohere), none before them (olmo2), MLPs and adds of other shapes.
@@ -76,18 +74,11 @@ def test_gradient_scores_are_first_order_terms_of_exact_edges(family: str, metho
         assert abs(scores[edge] - wanted) <= bound, edge
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama_gqa"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama_gqa", "gemma3"])
 def test_eap_is_the_finite_difference_of_the_exact_edge(family: str) -> None:
-    first, second = (tiny(family)[0].double() for _ in range(2))
-    for module in [*first.modules(), *second.modules()]:
-        if type(module).__name__ == "LlamaRMSNorm":  # its own forward is in fp32
-
-            def forward(norm: Any, x: torch.Tensor) -> torch.Tensor:
-                scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-                return norm.weight * x * scale
-
-            module.forward = MethodType(forward, module)
-    model, oracle = interp.load_model(first, tokenizer=tiny(family)[1]), Oracle(second, copy_model=False)
+    model, tokenizer = in_double(family)
+    oracle = Oracle(model)  # a copy
+    model = interp.load_model(model, tokenizer=tokenizer)
     scores, h = discover(model, two_pairs(), "eap", progress=False).scores(), 1e-5
     assert model.dtype == torch.float64
     for edge in all_edges(oracle)[::13]:
