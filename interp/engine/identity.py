@@ -94,7 +94,7 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 
 def edits_digest(resolved: Resolved, context: Context) -> str:
-    """Digest of every cell: its edits with their places and values, and its edges."""
+    """Digest of every cell: its edits with their places and values, its edges, and those that are cut."""
     digest = hashlib.sha256()
     for site, values in context.values.items():
         digest.update(f"{site}{tuple(values.shape)}".encode())
@@ -103,6 +103,8 @@ def edits_digest(resolved: Resolved, context: Context) -> str:
         edits = [(edit.op, str(edit.site), place, context.value_index(edit)) for edit, place in cell.edits]
         edges = [(str(edge.sender), str(edge.receiver)) for edge in cell.edges]
         digest.update(repr((cell.index, edits, edges, cell.through_mlps)).encode())
+    for part in _parts([context.reference, *(cell.cut for cell in resolved.cells if cell.cut is not None)], {}):
+        digest.update(part)
     return digest.hexdigest()[:32]
 
 

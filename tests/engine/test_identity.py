@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import interp
 from interp import PromptPairs
+from interp.circuits.nodes import Facts
+from interp.circuits.runs import run_masks
 from interp.engine.identity import metric_digest, metric_name, weights_digest
 from interp.errors import CheckpointError
 from tests.engine.sweeps import PAIRS, run
@@ -147,3 +150,18 @@ def test_digest_of_a_metric_is_of_what_it_computes() -> None:
     assert len(set(digests)) == len(makers)
     assert [metric_name(makers[n]()).split(".")[-1] for n in (0, 5, 9)] == ["metric", "Probe", "logit_diff"]
     assert metric_name(makers[7]()).startswith("partial(")
+
+
+@pytest.mark.parametrize("what", ["cut edges", "reference"])
+def test_circuits_of_one_size_and_constants_of_one_shape_are_told_apart(tmp_path: Path, what: str) -> None:
+    model, path = loaded("gpt2"), tmp_path / "circuit.ckpt"
+    mask = Facts.of(model).mask
+    edges = np.argwhere(mask)
+    kept = [mask.copy(), mask.copy()]
+    for one, edge in zip(kept, (edges[0], edges[-1]), strict=True):
+        one[tuple(edge)] = False
+    constants = [torch.full((mask.shape[0], 1, model.d_model), value) for value in (0.0, 1.0)]
+    run_masks(model, PAIRS, kept[:1], "mean", reference=constants[0], checkpoint=path)
+    other = (kept[1:], constants[0]) if what == "cut edges" else (kept[:1], constants[1])
+    with pytest.raises(CheckpointError, match=r"differs in plan\.edits \([^;]*$"):
+        run_masks(model, PAIRS, other[0], "mean", reference=other[1], checkpoint=path)
