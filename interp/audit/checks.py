@@ -172,7 +172,8 @@ def check_writes(model: Model, prompt: Sequence[int], other: Sequence[int], laye
     generator = torch.Generator().manual_seed(layer)
     values: dict[tuple[int, str], Tensor] = {}
     delta: dict[str, Tensor] = {}
-    edits, row_of = [], {}
+    edits: list[tuple[int, ...]] = []
+    row_of: dict[str, int] = {}
     for kind in kinds:
         row_of[kind] = 2 + len(row_of)
         if kind == "pattern":
@@ -266,7 +267,7 @@ class Trial:
         if kind == "resid_pre":
             yield self.expect(kind, self.get("q", kind), self.parts.projected("q", x))
         elif "mlp_pre" in self.row_of:
-            pre = at(self.parts.block, self.model.family.mlp_pre)(x)[..., : self.model.d_mlp]
+            pre = at(self.parts.block, self.model.family.mlp_pre or "")(x)[..., : self.model.d_mlp]
             yield self.expect(kind, self.get("mlp_pre", kind), pre)
         added = self.get("mlp_out", kind) + (self.get("attn_out", kind) if kind == "resid_pre" else 0)
         want = self.get(kind, None) + self.at_place(self.delta[kind], moved) + added

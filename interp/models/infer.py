@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-
-import torch
+from typing import Any
 
 from .families import FAMILIES, Family
 from .views import at
 
 
-def infer_family(hf: torch.nn.Module) -> Family | None:
+def infer_family(hf: Any) -> Family | None:
     """A known row whose every path exists in this model, with nothing left over; None when none fits.
 
     Only rows whose block has exactly the same weight-bearing modules are candidates: a module that the row does not

@@ -39,7 +39,7 @@ class Model:
     """
 
     name: str
-    hf: torch.nn.Module
+    hf: Any
     nn: Any
     tokenizer: Any
     family: Family
@@ -229,6 +229,7 @@ def load_model(
     from ..engine.backends import Local, make_backend
 
     name, note = str(model), ""
+    hf: Any
     if isinstance(model, torch.nn.Module):
         if not hasattr(model, "config"):
             raise ArchitectureError(
@@ -237,7 +238,7 @@ def load_model(
             )
         name = getattr(model.config, "name_or_path", "") or type(model).__name__
         hf = model
-        tokenizer = tokenizer or _ids_only(int(model.config.get_text_config().vocab_size))
+        tokenizer = tokenizer or _ids_only(int(hf.config.get_text_config().vocab_size))
         source: Any = hf
     else:
         if name in BUNDLED:
@@ -287,7 +288,7 @@ def load_model(
     return loaded
 
 
-def make_taps(hf: torch.nn.Module, family: Family) -> dict[str, Any]:
+def make_taps(hf: Any, family: Family) -> dict[str, Any]:
     """The facts of one model as a plain dictionary: sizes read off its modules, paths from its family's row.
 
     Raises:

@@ -1,7 +1,14 @@
 """Pictures: standalone Bokeh pages. The only room that imports bokeh."""
 
 from .attention import plot_attention
+from .circuit import plot_circuit_graph, plot_circuit_matrix
 from .heatmap import plot_activation_patching_results
 from .page import Figure
 
-__all__ = ["Figure", "plot_activation_patching_results", "plot_attention"]
+__all__ = [
+    "Figure",
+    "plot_activation_patching_results",
+    "plot_attention",
+    "plot_circuit_graph",
+    "plot_circuit_matrix",
+]
