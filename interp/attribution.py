@@ -1,4 +1,4 @@
-"""Attribution: estimates of every patch from gradients, on the scale of `patch`, with exact verification of the largest."""
+"""Attribution: estimates of every patch from gradients, on the scale of `patch`, the largest verified exactly."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from .plan import Plan, Resolved
 from .sites import TABLE_KINDS
 
 METHODS = ("atp", "atp*", "ig", "ig-activations")
+#: A gradient by the logits below this fraction of the metric's change from base to source is rounding.
+FLAT = 1e-4
 Site2 = tuple[int, str]
 
 
@@ -48,9 +50,10 @@ def attribute(
 
     Args:
         method: "atp", attribution patching, (source − base) · gradient at the base run (Nanda 2023; Syed et al. 2023);
-            "atp*", with q and k through the exact softmax and GradDrop over layers (Kramár et al. 2024): magnitudes are
-            means over dropped layers, signs those of the plain estimate; "ig", gradients averaged over inputs between base
-            and source (Hanna et al. 2024); "ig-activations", averaged over each site's own activation between the two.
+            "atp*", with q and k through the exact softmax and GradDrop over layers (Kramár et al. 2024): a cell's
+            magnitude is a mean over dropped layers, its sign that of the plain estimate; "ig", gradients averaged over
+            embeddings between base and source (Hanna et al. 2024); "ig-activations", averaged over each site's own
+            activation between the two.
         steps: interpolation points of the two "ig" methods; `points` gives them outright (0 base, 1 source).
         verify: patch the `verify` cells of largest |estimate| exactly, and as many others drawn at random, in one call.
             Exact values replace estimates; `provenance["verification"]` reports both and what attribution missed.
@@ -60,34 +63,40 @@ def attribute(
 
     Raises:
         PlanError: unknown method, a plan with constants or edges, or a site without a gradient.
-        SiteError, PairsError, MetricError: as `patch`.
+        PairsError: an "ig" method on prompts that differ in length. MetricError: a metric without a gradient.
+        SiteError, AnswerError: as `patch`.
+
+    Warns:
+        UserWarning: the metric's gradient vanishes at the base run, as KL's does at the clean run.
     """
     if method not in METHODS:
         raise PlanError(f"unknown attribution method {method!r}; the methods are: {', '.join(METHODS)}")
     encoded = model.encode(pairs)
     check_direction(direction, encoded)
     resolved = plan.resolve(model, encoded)
-    check_metric(metric, encoded, model.vocab_size)
+    check_metric(metric, encoded, model.vocab_size, gradient=True)
     _check_plan(model, resolved, method)
+    if method.startswith("ig"):
+        encoded.require_aligned(f"method {method!r}")
     context = context_of(model, encoded, direction, resolved, choose_schedule(model, "growing"))
     alphas = tuple(points) if points is not None else midpoints(steps)
+    if not alphas:
+        raise PlanError(f"steps={steps}, points={points}: at least one interpolation point is needed")
     budget = max_tokens or token_budget(model)
     rows, _ = make_rows(resolved, context, prune=False)
-    sites = sorted({(entry[0], TABLE_KINDS[entry[1]]) for row in rows for entry in row.entries})
-    found = _run(model, context, sites, metric, method, alphas, budget)
-    estimates = np.full((len(resolved.cells), len(pairs)), np.nan, dtype=np.float32)
-    for row in rows:
-        change = sum(found.of(row.pair, entry) for entry in row.entries)
-        estimates[row.cell, row.pair] = found.base[row.pair] + change
-    if not any(np.abs(part).max() > 0 for parts in found.parts for part in parts.values()):
+    _check_places(rows, context, method)
+    found = _run(model, context, rows, metric, method, alphas, budget, len(resolved.cells))
+    estimates = found.base + found.changes
+    if found.slope <= FLAT * float(np.abs(found.source - found.base).max()):
         warnings.warn(
-            f"the gradient of {getattr(metric, '__name__', metric)} vanishes at the {direction} base run, so every estimate "
-            "is zero (KL does this at the clean run); use method='ig', another metric or the other direction",
+            f"the gradient of {getattr(metric, '__name__', metric)} vanishes at the base run of {direction!r} (KL's "
+            "does at the clean run), so that estimates mean nothing; use method='ig', another metric or direction",
             stacklevel=2,
         )
     report = None
     if verify:
-        estimates, report = _verify(model, pairs, plan, resolved, metric, direction, estimates, found.base, verify, budget)
+        options = (metric, direction, estimates, found.base, verify, budget)
+        estimates, report = _verify(model, pairs, plan, resolved, *options)
     record = provenance(
         model,
         encoded,
@@ -106,42 +115,88 @@ def attribute(
 def _check_plan(model: Model, resolved: Resolved, method: str) -> None:
     for cell in resolved.cells:
         if cell.edges or any(edit.op != "replace" for edit, _ in cell.edits):
-            raise PlanError("attribution estimates patches from the source run; constants and edges have no estimate here")
+            raise PlanError("attribution estimates patches from the source run; constants and edges have no estimate")
         for edit, _ in cell.edits:
             kind = edit.site.kind
             if method == "ig-activations" and kind == "pattern":
                 raise PlanError("'ig-activations' has no path between two attention patterns; use 'atp' or 'ig'")
             if method == "atp*" and kind in ("q", "k") and model.family.pattern != "interface":
                 raise PlanError(
-                    f"'atp*' needs the attention logits for q and k, which {model.family.name} models do not expose; use 'atp'"
+                    f"'atp*' needs the attention logits for q and k, which {model.family.name} models do not expose; "
+                    "use 'atp'"
+                )
+
+
+def _check_places(rows: Sequence[Row], context: Context, method: str) -> None:
+    """Refuse what has no estimate where base and source positions differ."""
+    origin: dict[tuple[int, int], int] = {}
+    for row in rows:
+        for _, kind, _, column, of, *_ in row.entries:
+            if column < 0:
+                continue
+            if origin.setdefault((row.pair, column), of) != of:
+                raise PlanError(
+                    f"position {column} of pair {row.pair} is patched from position {of} and from position "
+                    f"{origin[row.pair, column]} of the other prompt; attribute them in two calls"
+                )
+            aligned = of == column and len(context.base[row.pair]) == len(context.source[row.pair])  # type: ignore[index]
+            name = TABLE_KINDS[kind]
+            if not aligned and (method == "ig-activations" or (method == "atp*" and name in ("q", "k"))):
+                raise PlanError(
+                    f"{method!r} at {name} needs prompts of one length and the same positions in both, but pair "
+                    f"{row.pair} is patched at {column} from {of}; use 'atp'"
                 )
 
 
 class _Found:
-    """Products by site for each block of pairs, and the unpatched metrics."""
+    """Estimated changes `[cell, pair]` and the unpatched metrics `[pair]`, filled block by block."""
 
-    def __init__(self, pairs: int, has_source: bool) -> None:
+    def __init__(self, cells: int, pairs: int) -> None:
+        self.changes = np.full((cells, pairs), np.nan, dtype=np.float32)
         self.base = np.full(pairs, np.nan, dtype=np.float32)
-        self.source = np.full(pairs, np.nan, dtype=np.float32) if has_source else None
-        self.parts: list[dict[Site2, np.ndarray]] = []
-        self.where: dict[int, tuple[int, int, int]] = {}  # pair -> block, place in the block, columns of padding
+        self.source = np.full(pairs, np.nan, dtype=np.float32)
+        self.slope = 0.0
 
-    def of(self, pair: int, entry: tuple[int, ...]) -> float:
-        """The estimated change of one edit."""
-        layer, kind, _, column, _, head, unit, *_ = entry
-        block, place, shift = self.where[pair]
-        part = self.parts[block][layer, TABLE_KINDS[kind]][place]
-        part = part[shift:] if column < 0 else part[shift + column]
-        chosen = head if head >= 0 else unit
-        return float(part[..., chosen].sum() if chosen >= 0 else part.sum())
+    def add(self, row: Row, parts: dict[Site2, np.ndarray], shift: int) -> None:
+        """The change of a row from each site's `[1 + dropped, position, …]`, `shift` columns of which are padding."""
+        total = np.zeros(1)
+        for layer, kind, _, column, _, head, unit, *_ in row.entries:
+            part = parts[layer, TABLE_KINDS[kind]]
+            part = part[:, shift:] if column < 0 else part[:, shift + column]
+            chosen = head if head >= 0 else unit
+            part = part[..., chosen] if chosen >= 0 else part
+            total = total + part.reshape(len(part), -1).sum(1, dtype=np.float64)
+        self.changes[row.cell, row.pair] = grad_drop(total)
+
+
+def grad_drop(estimates: np.ndarray) -> float:
+    """One number from the plain estimate and those with a layer dropped `[1 + dropped]` (GradDrop).
+
+    Its size is their mean size, over one layer less because a node's own layer hides it; its sign is the plain one's.
+    """
+    plain, dropped = estimates[0], estimates[1:]
+    if not len(dropped):
+        return float(plain)
+    return float((np.sign(plain) or np.sign(dropped.sum())) * np.abs(dropped).sum() / (len(dropped) - 1))
 
 
 def _run(
-    model: Model, context: Context, sites: list[Site2], metric: Metric, method: str, alphas: tuple[float, ...], budget: int
+    model: Model,
+    context: Context,
+    wanted: Sequence[Row],
+    metric: Metric,
+    method: str,
+    alphas: tuple[float, ...],
+    budget: int,
+    cells: int,
 ) -> _Found:
     """Run the gradient programs: blocks of pairs, and for `ig-activations` groups of sites."""
     pairs = len(context.base)
-    found = _Found(pairs, True)
+    found = _Found(cells, pairs)
+    sites = sorted({(entry[0], TABLE_KINDS[entry[1]]) for row in wanted for entry in row.entries})
+    by_pair: dict[int, list[Row]] = {}
+    for row in wanted:
+        by_pair.setdefault(row.pair, []).append(row)
     lengths = [max(len(context.base[pair]), len(context.source[pair])) for pair in range(pairs)]  # type: ignore[index]
     order = sorted(range(pairs), key=lambda pair: (lengths[pair], pair))
     streams = 2 + (len(alphas) if method == "ig" else 0)
@@ -154,10 +209,11 @@ def _run(
             groups = [sites[start : start + size] for start in range(0, len(sites), size)]
         parts: dict[Site2, np.ndarray] = {}
         for group in groups:
-            moved = [(0, "resid_pre")] if method == "ig" else group
+            moved = [(-1, "embed")] if method == "ig" else group
             rows = step_rows(context, block, moved, alphas, grow=method != "ig") if method.startswith("ig") else []
             chunk = compile_chunk(rows, mixed, "growing", pairs=block, width=width)
             program = gradient_program(chunk.program, len(block), group)
+            program["columns"] = _columns(context, block, by_pair, width)
             steps = len(alphas)
             if method == "ig":
                 first = 2 * len(block)
@@ -168,24 +224,40 @@ def _run(
             program["exact_qk"] = method == "atp*"
             result = model.backend.call(model, execute_gradients, model.taps, [program], metric)[0]
             scores = result["metric"].float().cpu().numpy()
+            found.slope = max(found.slope, result["slope"])
             parts |= {tuple(site): part.float().cpu().numpy() for site, part in result["attributions"].items()}
         for place, pair in enumerate(block):
-            found.base[pair], found.source[pair] = scores[2 * place], scores[2 * place + 1]  # type: ignore[index]
-            found.where[pair] = (len(found.parts), place, width - len(context.base[pair]))
-        found.parts.append(parts)
+            found.base[pair], found.source[pair] = scores[2 * place], scores[2 * place + 1]
+            own = {site: part[:, place] for site, part in parts.items()}
+            for row in by_pair.get(pair, ()):
+                found.add(row, own, width - len(context.base[pair]))
     return found
 
 
 def gradient_program(program: dict[str, Any], pairs: int, sites: Sequence[Site2]) -> dict[str, Any]:
     """A program over (base, source) rows of some pairs, made a gradient program at the base rows."""
     base = 2 * torch.arange(pairs)
-    more = {"columns": None, "steps": {}, "drop": [], "exact_qk": False}
+    more: dict[str, Any] = {"columns": None, "steps": {}, "drop": [], "exact_qk": False}
     return {**program, **more, "tape": list(sites), "base": base, "from": base + 1, "gradient": base[:, None]}
 
 
 def _fractions(sites: list[Site2], alphas: tuple[float, ...], method: str) -> dict[Site2, torch.Tensor]:
     values = torch.tensor(alphas)[:, None, None]
-    return {(0, "resid_pre"): values} if method == "ig" else dict.fromkeys(sites, values)
+    return {(-1, "embed"): values} if method == "ig" else dict.fromkeys(sites, values)
+
+
+def _columns(
+    context: Context, block: list[int], by_pair: dict[int, list[Row]], width: int
+) -> torch.Tensor | None:
+    """The source column that belongs to each base column `[pair, position]`; None where they are the same."""
+    columns = torch.arange(width).repeat(len(block), 1)
+    for place, pair in enumerate(block):
+        shift, other = width - len(context.base[pair]), width - len(context.source[pair])  # type: ignore[index]
+        for row in by_pair.get(pair, ()):
+            for _, _, _, column, of, *_ in row.entries:
+                if column >= 0:
+                    columns[place, column + shift] = of + other
+    return None if bool((columns == torch.arange(width)).all()) else columns
 
 
 def step_rows(
@@ -195,7 +267,7 @@ def step_rows(
 
     They run from the first layer on, or join at their site's layer when they `grow`.
     """
-    rows = []
+    rows: list[Row] = []
     for pair in block:
         for layer, kind in sites:
             for step in range(len(alphas)):

@@ -83,5 +83,6 @@ def score(metric: Metric, logits: Tensor, program: dict[str, Any]) -> Tensor:
         batch[name] = None if tokens is None else tokens.to(logits.device)
     for name in ("clean", "corrupted"):
         rows = program.get(name)
-        batch[f"{name}_logits"] = None if rows is None else logits[rows.to(logits.device)]
+        # constants of the metric: a gradient is that of the patched run alone
+        batch[f"{name}_logits"] = None if rows is None else logits.detach()[rows.to(logits.device)]
     return metric(logits, batch).to(logits.dtype)

@@ -12,12 +12,14 @@ Standard library and torch only: these functions also travel to a remote server.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models.views import at, attention_pattern, features, output_matrix
+from ..models.views import at, attention_pattern, attention_scores, features, output_matrix
+
 
 class Tape:
     """Activations by site: the live tensor whose gradient is taken, and a copy of its value."""
@@ -27,6 +29,7 @@ class Tape:
         self.live: dict[tuple[int, str], Tensor] = {}
         self.value: dict[tuple[int, str], Tensor] = {}
         self.core: dict[int, dict[str, Any]] = {}
+        self.logits: Tensor | None = None  # of the scored rows, before the metric
 
     def take(self, layer: int, kind: str, x: Tensor, live: Tensor | None = None) -> None:
         """Keep an activation if it is wanted; `live` is the tensor in the graph where `x` is a view of it."""
@@ -47,9 +50,9 @@ def backward(tape: Tape, total: Tensor, sites: list[tuple[int, str]], retain: bo
 
 def with_drops(
     tape: Tape, total: Tensor, sites: list[tuple[int, str]], drop: list[int]
-) -> list[dict[tuple[int, str], Tensor]]:
+) -> Iterator[dict[tuple[int, str], Tensor]]:
     """The plain gradient, then one for every dropped layer: no gradient flows back through what that layer adds."""
-    gradients = [backward(tape, total, sites, retain=bool(drop))]
+    yield backward(tape, total, sites, retain=bool(drop))
     dropped: list[int] = []
     hooks = []
     for (layer, kind), x in tape.live.items():
@@ -61,10 +64,9 @@ def with_drops(
             hooks.append(x.register_hook(cut))
     for number, layer in enumerate(drop):
         dropped.append(layer)
-        gradients.append(backward(tape, total, sites, retain=number + 1 < len(drop)))
+        yield backward(tape, total, sites, retain=number + 1 < len(drop))
     for hook in hooks:
         hook.remove()
-    return gradients
 
 
 def difference(program: dict[str, Any], x: Tensor) -> Tensor:
@@ -134,9 +136,10 @@ def through_softmax(
     changes one logit of every later row, for which the new softmax has a closed form.
     """
     core, base, source = tape.core[layer], program["base"], program["from"]
-    gz = averaged(program, by_part(taps, "z", gradients[layer, "z"]))  # [pair, query, head, d_head]
-    v = core["value"][base.to(gz.device)].repeat_interleave(taps["n_heads"] // core["value"].shape[1], dim=1)
-    g = torch.einsum("pqhd,phkd->phqk", gz, v)
+    gz, value = by_part(taps, "z", gradients[layer, "z"]), core["value"]
+    rows = program["gradient"].to(gz.device)  # each row's own values: mixed runs have others than the base
+    v = value[rows].repeat_interleave(taps["n_heads"] // value.shape[1], dim=2)  # [pair, step, head, key, d_head]
+    g = torch.einsum("psqhd,pshkd->phqk", gz[rows], v) / rows.shape[1]
     options, query, key = core["options"], core["query"], core["key"]
 
     def mask_of(rows: Tensor) -> Tensor | None:
@@ -151,15 +154,33 @@ def through_softmax(
         new = attention_pattern(query[source], key[base], mask_of(base), options)
         return ((new - p) * g).sum(-1).transpose(1, 2)
     old, changed = (dot_products(query[base], key[rows], options) for rows in (base, source))
-    logit = torch.log(p.double().clamp(min=1e-300)) - torch.log1p(-p.double().clamp(max=1 - 1e-12))
-    new = torch.sigmoid(logit + (changed - old).double())
-    new = torch.where(p > 0, new, torch.zeros_like(new))
-    kept = (p * g).sum(-1, keepdim=True).double()
-    others = (kept - (p * g).double()) / (1 - p.double()).clamp(min=1e-12)
-    change = new * g.double() + (1 - new) * others - kept  # [pair, head, query, key]: if that key alone is patched
-    change = torch.where(p > 0, change, torch.zeros_like(change))
+    change = one_key_changed(attention_scores(query[base], key[base], mask_of(base), options), changed - old, g)
     by_key = change.sum(2).unflatten(1, (taps["n_kv_heads"], -1)).sum(2)  # over queries, then over the group's heads
     return by_key.transpose(1, 2).to(g.dtype)
+
+
+def one_key_changed(scores: Tensor, change: Tensor, g: Tensor) -> Tensor:
+    """How much Σ g·softmax(scores) changes when one score alone changes: `[row, head, query, key]`, for each score.
+
+    In double precision and from log-odds, so that it is right where the softmax is saturated. The key of the largest
+    score has its own sums over the others: what is left beside it may be less than rounding.
+    """
+    floor = torch.finfo(scores.dtype).min / 2
+    allowed, scores, g = scores > floor, scores.double(), g.double()
+    g = torch.nn.functional.pad(g, (0, scores.shape[-1] - g.shape[-1]))  # a sink has no value
+    keys = change.shape[-1]
+    top = torch.zeros_like(allowed).scatter(-1, scores.argmax(-1, keepdim=True), True)
+    beside = scores.masked_fill(top, float("-inf"))
+    total = scores.logsumexp(-1, keepdim=True)
+    p = (scores - total).exp()
+    rest = beside.logsumexp(-1, keepdim=True) - total  # log(1 - p)
+    rest = torch.where(top, rest, torch.log1p(-p.masked_fill(top, 0)))
+    mean = (p * g).sum(-1, keepdim=True)
+    among = (beside.softmax(-1).nan_to_num() * g).sum(-1, keepdim=True)
+    others = torch.where(top, among, (mean - p * g) / (1 - p.masked_fill(top, 0)))  # mean of g over the other keys
+    new = torch.sigmoid((scores - total - rest)[..., :keys] + change.double())
+    moved = new * g[..., :keys] + (1 - new) * others[..., :keys] - mean
+    return moved.masked_fill(~allowed[..., :keys], 0)
 
 
 def dot_products(query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
@@ -186,29 +207,30 @@ def wanted_tapes(taps: dict[str, Any], program: dict[str, Any]) -> set[tuple[int
     return found
 
 
+def total_of(program: dict[str, Any], scores: Tensor) -> Tensor:
+    """The sum of the metric over the rows whose gradients are wanted."""
+    rows = program["gradient"].unique()
+    if program["steps"]:
+        rows = torch.cat([steps.flatten() for steps in program["steps"].values()])
+    return scores[rows.to(scores.device)].sum()
+
+
+def slope(program: dict[str, Any], tape: Tape, scores: Tensor) -> float:
+    """The largest |d metric / d logit| where gradients are taken: nothing can be estimated where this is zero."""
+    assert tape.logits is not None
+    (gradient,) = torch.autograd.grad(total_of(program, scores), tape.logits, retain_graph=True)
+    return float(gradient.abs().max())
+
+
 def attributions(
     model: Any, taps: dict[str, Any], program: dict[str, Any], tape: Tape, scores: Tensor
 ) -> dict[tuple[int, str], Tensor]:
     """Estimated change of the metric at every site if it alone took the source run's activation.
 
-    With GradDrop: the mean over dropped layers of the absolute estimate, scaled by L/(L-1) for the layer that hides
-    itself, with the sign of the estimates' sum.
+    `[1 + dropped, pair, position, …]`: the plain estimate, then one for every dropped layer.
     """
-    total = scores[program["gradient"].unique().to(scores.device)].sum()
-    if program["steps"]:
-        rows = torch.cat([steps.flatten() for steps in program["steps"].values()])
-        total = scores[rows.to(scores.device)].sum()
+    total = total_of(program, scores)
     sites = [site for site in tape.live if site in tape.wanted]
     every = with_drops(tape, total, sites, program["drop"])
     found = [products(model, taps, program, tape, gradients) for gradients in every]
-    if not program["drop"]:
-        return found[0]
-    out = {}
-    for site in found[0]:
-        stacked = torch.stack([one[site] for one in found[1:]])
-        count = len(program["drop"])
-        size = stacked.abs().sum(0) / max(1, count - 1)
-        total_sign = torch.sign(stacked.sum(0))
-        sign = torch.where(found[0][site] == 0, total_sign, torch.sign(found[0][site]))
-        out[site] = sign * size
-    return out
+    return {site: torch.stack([one[site] for one in found]) for site in found[0]}

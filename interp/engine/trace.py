@@ -33,7 +33,7 @@ from ..metrics import score
 from ..models.views import at, attention_pattern, features, mix_values, output_matrix
 from .edge_gradients import edge_scores, edge_tapes
 from .edges import Edges
-from .gradients import Tape, attributions, wanted_tapes
+from .gradients import Tape, attributions, slope, wanted_tapes
 from .readout import lens_rows, readout
 
 
@@ -300,6 +300,7 @@ def walk(model: Any, run: Run) -> None:
                     x = run.edges.pass_tap(layer, kinds, block, x)
                 for kind in here:
                     if kind == "head_out":
+                        assert z is not None
                         x = edit_heads(run, layer, tap, z, x)
                     else:
                         whole_x = whole[0] if isinstance(whole, tuple) else whole
@@ -352,6 +353,8 @@ def forward(model: Any, run: Run, metric: Callable[..., Tensor] | None, found: d
         found.update({"reads": {}, **readout(model, run)})
     elif run.program["last"] is None:
         logits = answer_logits(model, run)
+        if run.tape is not None:
+            run.tape.logits = logits
         found["metric"] = score(metric, logits, run.program) if metric is not None else None
         if run.program["want_logits"]:
             found["logits"] = logits
@@ -422,7 +425,7 @@ def execute_gradients(
     programs: list[dict[str, Any]],
     metric: Callable[..., Tensor],
 ) -> list[dict[str, Any]]:
-    """Run gradient programs, each in one trace: {"metric": [scored], "attributions": {site: …}}.
+    """Run gradient programs, each in one trace: {"metric": [scored], "attributions": {site: …}, "slope": float}.
 
     A program with `by_edge` gives {"edges": [pair, receiver, sender]} instead, see `interp.engine.edge_gradients`.
     """
@@ -441,6 +444,7 @@ def execute_gradients(
                     total = found["metric"][program["gradient"].flatten().to(found["metric"].device)].sum()
                     found["edges"] = edge_scores(model, taps, program, run.tape, total)
                 else:
+                    found["slope"] = slope(program, run.tape, found["metric"])
                     found["attributions"] = attributions(model, taps, program, run.tape, found["metric"])
                 found["metric"] = found["metric"].detach()
                 found["reads"] = {}

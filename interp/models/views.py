@@ -98,8 +98,8 @@ def affine_parts(norm: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
     return scale, weight[0], bias[0], centred
 
 
-def attention_pattern(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
-    """Attention probabilities `[row, head, query, key]` from what enters the dot product.
+def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """What enters the softmax `[row, head, query, key]`, behind the mask; one more key where there are attention sinks.
 
     query `[row, head, position, d_head]`, key by key/value head. Masks may be absent (causal), boolean or additive;
     `options` are the keyword arguments of the attention call: scaling, softcap, attention sinks.
@@ -117,11 +117,17 @@ def attention_pattern(query: Tensor, key: Tensor, mask: Tensor | None, options: 
         scores = scores.masked_fill(~mask[..., :keys], torch.finfo(scores.dtype).min)
     else:
         scores = scores + mask[..., :keys]
-    precise = torch.promote_types(scores.dtype, torch.float32)
     if (sinks := options.get("s_aux")) is not None:
         sink = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, sink.to(scores.dtype)], dim=-1).softmax(dim=-1, dtype=precise)[..., :-1].to(query.dtype)
-    return scores.softmax(dim=-1, dtype=precise).to(query.dtype)
+        scores = torch.cat([scores, sink.to(scores.dtype)], dim=-1)
+    return scores
+
+
+def attention_pattern(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """Attention probabilities `[row, head, query, key]`: the softmax of `attention_scores`, without the sinks."""
+    scores = attention_scores(query, key, mask, options)
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=precise)[..., : key.shape[2]].to(query.dtype)
 
 
 def mix_values(pattern: Tensor, value: Tensor) -> Tensor:
