@@ -71,8 +71,6 @@ def ablate(
     two_runs = mode in ("resample", "counterfactual")
     if not two_runs and direction != "noising":
         raise PlanError(f"mode {mode!r} has no second run, so no direction; leave direction={direction!r} out")
-    if "max_tokens" in options:
-        options["budget"] = options.pop("max_tokens")
     details: dict[str, Any] = {"mode": mode}
     common: dict[str, Any] = {"method": "ablate", "details": details, **options}
     if mode == "counterfactual":
@@ -94,7 +92,7 @@ def ablate(
         encoded = model.encode(clean)
         sites = sites_of(plan.resolve(model, encoded))
         length = max(map(len, encoded.clean)) if mode == "positional_mean" else None
-        values.update(means(model, references, sites, length, options.get("budget")))
+        values.update(means(model, references, sites, length, options.get("max_tokens")))
 
     def constant(resolved: Resolved) -> Resolved:
         return with_edits(resolved, lambda edit: replace(edit, op="set", value=values.get(place_of(edit), 0.0)))

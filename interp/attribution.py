@@ -310,7 +310,7 @@ def _verify(
     drawn = np.random.default_rng(0).choice(rest, size=min(count, len(rest)), replace=False) if len(rest) else rest
     chosen = [int(cell) for cell in (*top, *drawn)]
     subset = replace(resolved, cells=tuple(resolved.cells[cell] for cell in chosen))
-    options: dict[str, Any] = {"method": "patch", "budget": budget, "rewrite": lambda _: subset}
+    options: dict[str, Any] = {"method": "patch", "max_tokens": budget, "rewrite": lambda _: subset}
     values = run_plan(model, pairs, plan, metric, direction, **options).values.values
     exact = np.stack([values[cell.index] for cell in subset.cells])
     weakest = float(np.abs(np.nanmean(exact[: len(top)] - base, axis=1)).min())

@@ -51,7 +51,7 @@ def patch(
         direction,
         method="patch",
         schedule=schedule,
-        budget=max_tokens,
+        max_tokens=max_tokens,
         progress=progress,
         checkpoint=checkpoint,
     )

@@ -45,7 +45,5 @@ def path_patch(
     Raises:
         SiteError, PlanError, PairsError, MetricError: before the model runs.
     """
-    if "max_tokens" in options:
-        options["budget"] = options.pop("max_tokens")
     plan = paths(senders, receivers, together=together, through_mlps=through_mlps)
     return run_plan(model, pairs, plan, metric, direction, method="path_patch", **options)

@@ -70,11 +70,9 @@ def causal_trace(
     """
     if samples < 1 or window < 1 or noise < 0:
         raise PlanError(f"samples and window must be 1 or more, noise 0 or more; got {samples=}, {window=}, {noise=}")
-    if "max_tokens" in options:
-        options["budget"] = options.pop("max_tokens")
     encoded = model.encode(pairs)
     spans = subject_positions(encoded, subject)
-    std = embedding_std(model, encoded.clean, spans, options.get("budget"))
+    std = embedding_std(model, encoded.clean, spans, options.get("max_tokens"))
     at = [
         tuple((position, token_seed(seed, sample, pair, position)) for position in spans[pair])
         for sample in range(samples)

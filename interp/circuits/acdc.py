@@ -43,7 +43,7 @@ def acdc(
     kept = facts.mask.copy() if within is None else within.matrix(facts).copy()
     order = [(int(s), r) for r in reversed(range(len(facts.receivers))) for s in reversed(np.flatnonzero(kept[:, r]))]
     reference = reference_of(model, pairs, "counterfactual")
-    options: dict[str, Any] = {"budget": max_tokens, "progress": False}
+    options: dict[str, Any] = {"max_tokens": max_tokens, "progress": False}
     run = run_masks(model, pairs, [kept], "counterfactual", metric, reference=reference, **options)
     current = float(run.values.mean())
     if threshold is None:

@@ -88,7 +88,7 @@ def discover(
         warn_if_long(model, pairs, [Cell((i,), cut=kept.T) for i in range(int(kept.sum()))], "acdc")
         return acdc(model, pairs, metric, within, threshold, meta, max_tokens=max_tokens, progress=progress)
     if method == "exact":
-        options = {"budget": max_tokens, "progress": progress, "checkpoint": checkpoint}
+        options = {"max_tokens": max_tokens, "progress": progress, "checkpoint": checkpoint}
         return exact(model, pairs, level, metric, within, meta, facts, **options)
     alphas = (0.0,) if method == "eap" else tuple(points) if points is not None else midpoints(steps)
     meta["points"] = list(alphas)

@@ -87,7 +87,7 @@ def iterative_pruning(
         edits = [tuple((edit_of[site], EVERYWHERE) for site in chosen) for chosen in sets]
         cells = tuple(Cell((i,), edits=each) for i, each in enumerate(edits))
         plan: Any = _Sets("circuit", tuple(range(len(sets))), cells, {"pruning": len(dropped)})
-        options: dict[str, Any] = {"budget": max_tokens, "progress": False, "needs_source": swap}
+        options: dict[str, Any] = {"max_tokens": max_tokens, "progress": False, "needs_source": swap}
         found = run_plan(model, pairs, plan, metric, "noising", method="iterative_pruning", **options)
         return found.values.mean("pair").values, float(found.clean.mean())
 

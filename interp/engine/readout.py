@@ -101,8 +101,9 @@ def direct(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
     def pull_back(norm: Any, x: Tensor, through: Tensor) -> tuple[Tensor, Tensor]:
         """A direction in a norm's output, as one in its input at x `[row, d_model]`, and what the norm's bias adds."""
         scale, weight, bias, centred = affine_parts(norm, x)
-        read = through.to(x.device) * weight.float() * scale.float()
-        added = (through.to(x.device) * bias.float()).sum(-1)
+        through = through.to(weight.device)
+        read = through * weight * scale
+        added = (through * bias).sum(-1)
         return (read - read.mean(-1, keepdim=True) if centred else read), added
 
     def dot(part: Tensor, through: Tensor) -> Tensor:

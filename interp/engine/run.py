@@ -141,7 +141,7 @@ def run_plan(
     *,
     method: str,
     schedule: str = "auto",
-    budget: int | None = None,
+    max_tokens: int | None = None,
     progress: bool | None = None,
     checkpoint: Any = None,
     needs_source: bool = True,
@@ -162,14 +162,14 @@ def run_plan(
     check_direction(direction, encoded, needs_source)
     resolved = plan.resolve(model, encoded)
     resolved = resolved if rewrite is None else rewrite(resolved)
-    if budget is not None and budget < 1:
-        raise PlanError(f"max_tokens={budget}: a forward pass holds at least one token; leave it out for the default")
+    if max_tokens is not None and max_tokens < 1:
+        raise PlanError(f"max_tokens={max_tokens}: a forward pass holds at least one token; leave it out for the default")
     begun = read_identity(checkpoint)  # what was begun goes on with the same chunks
     schedule = choose_schedule(model, begun.get("schedule", schedule) if schedule == "auto" else schedule)
     check_metric(metric, encoded, model.vocab_size)
     context = replace(context_of(model, encoded, direction, resolved, schedule), noise=noise, reference=reference)
     details = dict(details or {})
-    budget = budget or begun.get("budget") or token_budget(model)
+    budget = max_tokens or begun.get("budget") or token_budget(model)
     identity = {}
     if checkpoint is not None:  # this reads every weight
         identity = identify(model, context, resolved, metric, method, schedule, budget, details)
@@ -210,12 +210,12 @@ def make_effects(
     coords = {name: list(labels) for name, labels in resolved.dims} | {"pair": np.arange(pairs)}
     array = xr.DataArray(full, dims=[name for name, _ in resolved.dims] + ["pair"], coords=coords, name="metric")
 
-    def run(metric: np.ndarray | None) -> xr.DataArray | None:
-        return None if metric is None else xr.DataArray(metric, dims=["pair"], coords={"pair": np.arange(pairs)})
+    def run(metric: np.ndarray) -> xr.DataArray:
+        return xr.DataArray(metric, dims=["pair"], coords={"pair": np.arange(pairs)})
 
-    clean, corrupted = (base, source) if direction == "noising" else (source, base)
     if source is None:
-        clean, corrupted = base, None
+        return Effects(values=array, clean=run(base), corrupted=None, provenance=record)
+    clean, corrupted = (base, source) if direction == "noising" else (source, base)
     return Effects(values=array, clean=run(clean), corrupted=run(corrupted), provenance=record)
 
 

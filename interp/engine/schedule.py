@@ -357,7 +357,7 @@ def compile_chunk(
         other = width - len(source[row.pair]) - start_column if source is not None else shift
         streams = (place.get((row.pair, True), -1), place[row.pair, False])
         for layer, kind, op, column, from_column, head, unit, value, origin in row.entries:
-            taken = number_of[row.helper] if origin == HELPER else streams[origin]
+            taken = number_of[row.helper or row] if origin == HELPER else streams[origin]
             columns = (-1, -1) if column < 0 else (column + shift, from_column + (other if origin == SOURCE else shift))
             if op != REPLACE:  # constants by position are looked up by the pair's own positions
                 columns = (columns[0], column if column >= 0 else -shift)
@@ -558,14 +558,14 @@ def _add_block(job: Job, number: int, block: list[int], rows: list[Row], lengths
     unpatched = [pair for pair in block if all(row.pair != pair for row in rows)]
     worth = schedule in ("growing", "prefix") and (len(plans) > 1 or any(column for column, _ in plans))
     if not plans or unpatched or worth:
-        needed = sorted({first_layer(chunk, context.taps) for _, chunk in plans} - {0}) if worth else []
-        chunk = compile_chunk([], context, schedule, pairs=block, width=width)
+        needed = sorted({first_layer(part, context.taps) for _, part in plans} - {0}) if worth else []
+        alone = compile_chunk([], context, schedule, pairs=block, width=width)
         if worth:
-            prepare = {**chunk.program, "keep": needed}
+            prepare = {**alone.program, "keep": needed}
             prepare["cache"] = context.cache_class if any(column for column, _ in plans) else None
             job.prepare[number] = prepare
         if not worth or unpatched or not plans:
-            _append(job, chunk, None)
+            _append(job, alone, None)
     for column, members in plans:
         first = first_layer(members, context.taps) if worth else 0
         made = compile_chunk(members, context, schedule, column, width=width, first_layer=first)

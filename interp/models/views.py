@@ -84,6 +84,7 @@ def affine_parts(norm: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
     """
     probe = torch.full_like(x[:1], 1024.0)  # so large that the norm's epsilon is nothing
     bias = norm(torch.zeros_like(probe)).float()
+    x, probe = x.to(bias.device), probe.to(bias.device)  # layers may be spread over devices
     level = norm(probe).float() - bias
     probe[:, ::2] *= -1
     swing = norm(probe).float() - bias
