@@ -241,7 +241,7 @@ def test_kl_has_no_gradient_at_the_clean_run_and_says_so() -> None:
 
 def test_metrics_that_cannot_be_attributed() -> None:
     plan = interp.grid("resid_pre")
-    with pytest.raises(MetricError, match="rank has no gradient.*use `patch`"):
+    with pytest.raises(MetricError, match=r"rank has no gradient.*use `patch`"):
         attribute(loaded("gpt2"), pairs_of(5), plan, interp.rank)
     with pytest.raises(MetricError, match="no distractors"):
         attribute(loaded("gpt2"), PromptPairs(words(5), words(5, seed=1), [20]), plan)
@@ -339,7 +339,7 @@ def test_runs_without_an_estimate() -> None:
         attribute(model, PromptPairs(words(5), answers=[20], distractors=[33]), plan)
     with pytest.raises(PlanError, match="direction 'up'"):
         attribute(model, pairs_of(5), plan, direction="up")
-    with pytest.raises(PlanError, match="steps=0.*at least one"):
+    with pytest.raises(PlanError, match=r"steps=0.*at least one"):
         attribute(model, pairs_of(5), plan, method="ig", steps=0)
     with pytest.raises(PlanError, match=r"'atp\*' needs the attention logits.*bloom models do not expose"):
         attribute(loaded("bloom"), pairs_of(5), interp.grid("q"), method="atp*")
