@@ -68,6 +68,11 @@ def bias_contribution(taps: dict[str, Any], block: Any, z: Tensor) -> Tensor | N
     return None if bias is None else bias[None, None].expand(len(z), 1, -1)
 
 
+def weighted(weights: Tensor, parts: Tensor) -> Tensor:
+    """Sums over senders: weights `[row, read, sender]`, parts `[row, sender, position, d_model]` -> `[row, read, …]`."""
+    return torch.bmm(weights, parts.flatten(2)).unflatten(2, parts.shape[2:])
+
+
 class Edges:
     """Contributions seen so far in one forward pass, and the reads that they change."""
 
@@ -75,7 +80,10 @@ class Edges:
         self.taps, self.spec, self.mode = taps, spec, spec["mode"]
         self.hidden: Tensor | None = None  # what enters the current block `[row, position, d_model]`
         self.mid: Tensor | None = None  # what the current MLP's norm reads
-        self.parts: list[Tensor] = []  # "cut": contributions `[row, sender, position, d_model]` in order of senders
+        self.parts: list[Tensor] = []  # contributions `[row, sender, position, d_model]` where no row is cut
+        #: "cut": the reference's contribution minus each cut row's own (cut to zero: its own), filled sender by sender
+        self.change: Tensor | None = None  # [row, sender, position, d_model]
+        self.normed: tuple[int, Tensor, Tensor] | None = None  # layer, rows, what its q, k and v receive
         self.biases: list[Tensor] = []  # "cut" to zero: what attention biases add `[row, position or 1, d_model]`
         self.deltas: dict[int, Tensor] = {}  # "patch": sender -> source − base `[stream, position, d_model]`
         if self.mode == "patch":
@@ -147,10 +155,30 @@ class Edges:
             return
         # a copy of x: a block may add to it in place later (Falcon)
         parts = head_contributions(taps, block, x) if what == "heads" else x.unsqueeze(1).clone()
-        self.parts.append(parts)
+        if len(self.spec["rows"]):
+            self.fill(first, parts)
+        else:
+            self.parts.append(parts)
         if what == "heads" and isinstance(self.spec["reference"], str):
             added = bias_contribution(taps, block, x)
             self.biases.append(x.new_zeros(len(x), 1, parts.shape[-1]) if added is None else added)
+
+    def fill(self, first: int, parts: Tensor) -> None:
+        """ "cut": write into `change` what senders from `first` on add, `[row, sender, position, d_model]`.
+
+        A row that joins later is its base row until then.
+        """
+        spec, end = self.spec, first + parts.shape[1]
+        rows, origin = spec["rows"].to(parts.device), spec["origin"].to(parts.device)
+        own = parts[torch.where(rows < len(parts), rows, origin)]
+        if isinstance(spec["reference"], Tensor):
+            own = spec["reference"][None, first:end].to(own.device, own.dtype) - own
+        elif spec["reference"] == "source":
+            own = parts[spec["source"].to(parts.device)] - own
+        if self.change is None:
+            senders = sender_index(self.taps, self.taps["n_layers"] - 1, None) + 1
+            self.change = own.new_empty(len(own), senders, *own.shape[2:])
+        self.change[:, first:end] = own.to(self.change.device)
 
     # ---- reads -------------------------------------------------------------------------------------------------
 
@@ -180,30 +208,21 @@ class Edges:
         difference of a stream and all of its parts is rounding noise, which a norm would blow up to the size of a read.
         """
         spec, taps = self.spec, self.taps
-        here = spec["rows"] < len(like)  # rows that have joined
-        rows, origin = spec["rows"][here].to(like.device), spec["origin"][here].to(like.device)
-
-        def of_rows(part: Tensor) -> Tensor:
-            return part[torch.where(rows < len(part), rows, origin)].to(like.device)
-
+        joined = int((spec["rows"] < len(like)).sum())  # rows ascend, so these are the first ones
+        rows, origin = spec["rows"][:joined].to(like.device), spec["origin"][:joined].to(like.device)
         after = kind == "mlp" and not taps["parallel"]  # it also reads the heads of its layer
         senders = sender_index(taps, layer, None if after else 0)
-        own = torch.cat([of_rows(part) for part in self.parts], dim=1)[:, :senders]
+        assert self.change is not None
+        change = self.change[:joined, :senders].to(like.device)
         first = receiver_index(taps, layer, kind)
-        mask = spec["mask"][here, first : first + count, :senders].to(like.device)
+        mask = spec["mask"][:joined, first : first + count, :senders].to(like.device)
         cut, stream = mask.to(like.dtype), like[rows].unsqueeze(1)
         if isinstance(spec["reference"], str) and spec["reference"] == "zero":
-            kept = torch.einsum("rks,rspm->rkpm", 1 - cut, own)
+            kept = weighted(1 - cut, change)
             for bias in self.biases[: layer + after]:
-                kept = kept + of_rows(bias).unsqueeze(1)
+                kept = kept + bias[torch.where(rows < len(bias), rows, origin)].to(like.device).unsqueeze(1)
             return rows, torch.where(mask.any(2)[..., None, None], kept, stream)
-        if isinstance(spec["reference"], Tensor):
-            change = spec["reference"][None, :senders].to(like.device, like.dtype) - own
-        else:
-            source = spec["source"][here].to(like.device)
-            change = torch.cat([part[source.to(part.device)].to(like.device) for part in self.parts], dim=1)
-            change = change[:, :senders] - own
-        return rows, stream + torch.einsum("rks,rspm->rkpm", cut, change)
+        return rows, stream + weighted(cut, change)
 
     def project(self, layer: int, kind: str, block: Any, x: Tensor) -> Tensor:
         """Write the changed reads of q, k or v into their projection's output `[row, position, feature]`."""
@@ -224,9 +243,12 @@ class Edges:
                 where = slice(None) if column < 0 else slice(column, column + 1)
                 x[row, where, index[head]] = new[number, where, index[head]]
             return x
-        count = len(index)
-        rows, read = self.cut_reads(layer, kind, count, self.hidden)
-        normed = at(block, taps["norm1"])(read) if taps["norm1"] else read
+        if self.normed is None or self.normed[0] != layer:  # q, k and v of a layer read at one place
+            rows, read = self.cut_reads(layer, "q", taps["n_heads"] + 2 * taps["n_kv_heads"], self.hidden)
+            self.normed = (layer, rows, at(block, taps["norm1"])(read) if taps["norm1"] else read)
+        _, rows, normed = self.normed
+        first = receiver_index(taps, layer, kind) - receiver_index(taps, layer, "q")
+        normed = normed[:, first : first + len(index)]
         x[rows[:, None, None], torch.arange(x.shape[1])[None, :, None], index.flatten()[None, None]] = (
             project_heads(module, normed, index).transpose(1, 2).flatten(2)
         )

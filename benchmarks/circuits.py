@@ -1,0 +1,86 @@
+"""Circuits: what edge attribution costs beside plain passes, and ACDC in batches beside one edge at a time.
+
+    python benchmarks/circuits.py [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from common import THREADS, heading, interleaved, pair_differing_from, random_gpt2, ratio_of, table, verdict, wait_for_quiet
+
+import interp
+from interp.circuits.acdc import acdc
+
+
+def plain_passes(hf: Any, ids: torch.Tensor, right: int, wrong: int) -> float:
+    """Three plain forward passes of the same rows, two of them with a backward pass."""
+    total = 0.0
+    for gradient in (False, True, True):
+        with torch.set_grad_enabled(gradient):
+            entering = hf.transformer.wte(ids).detach().requires_grad_(gradient)
+            logits = hf(inputs_embeds=entering, logits_to_keep=1).logits[:, -1]
+            metric = (logits[:, right] - logits[:, wrong]).sum()
+            if gradient:
+                torch.autograd.grad(metric, entering)
+        total += float(metric)
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="three layers, one run: does it work?")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs (default 5)")
+    parser.add_argument("--edges", type=int, default=150, help="edges that ACDC starts from (default 150)")
+    args = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    repeats, edges = (1, 30) if args.quick else (args.repeats, args.edges)
+    hf = random_gpt2(n_layer=3) if args.quick else random_gpt2()
+    model = interp.load_model(hf)
+    pairs = pair_differing_from(0)
+    for seed in range(1, 8):
+        pairs = pairs + pair_differing_from(0, seed=seed)
+    ids = torch.tensor([list(prompt) for both in zip(pairs.clean, pairs.corrupted, strict=True) for prompt in both])
+    right, wrong = (tokens[0] for tokens in (pairs.answers, pairs.distractors))
+    if not args.quick:
+        wait_for_quiet()
+    timed = interleaved(
+        {
+            "eap": lambda: interp.discover(model, pairs, "eap", progress=False, max_tokens=10**6),
+            "plain": lambda: plain_passes(hf, ids, right, wrong),
+        },
+        repeats,
+    )
+    scored = timed["eap"].result.n_edges
+    cost, work = (ratio_of(timed, "eap", "plain", clock) for clock in ("wall", "cpu"))
+    print(heading(f"Circuits: GPT-2 small's size, {model.n_layers} layers, medians of {repeats}"))
+    row = [f"EAP, {scored} edges, {len(pairs)} pairs", f"{timed['eap'].median:.2f} s"]
+    row += [f"3 forward and 2 backward passes: {timed['plain'].median:.2f} s", f"{cost:.2f}× their time (work {work:.2f}×)"]
+    rows = [[*row, ""]]
+
+    one = pairs[:1]
+    within = interp.discover(model, one, "eap", progress=False).top(n_edges=edges)
+    for share in (0.003, 0.03):
+        effects = interp.patch(model, one, interp.grid("resid_pre", layers=[0], positions=[0]), progress=False)
+        threshold = share * abs(float((effects.clean - effects.corrupted).mean()))
+        options = {"progress": False}
+        timed = interleaved(
+            {
+                "batched": lambda t=threshold: acdc(model, one, interp.logit_diff, within, t, {}, **options),
+                "single": lambda t=threshold: acdc(model, one, interp.logit_diff, within, t, {}, **options, ahead=1),
+            },
+            repeats,
+        )
+        batched, single = timed["batched"].result, timed["single"].result
+        assert batched.edges == single.edges
+        kept = f"{single.n_edges} stay, {batched.meta['trials']} trials for {single.meta['trials']}"
+        row = [f"ACDC, {edges} edges ({kept})", f"{timed['batched'].median:.2f} s"]
+        row += [f"one at a time: {timed['single'].median:.2f} s", verdict(timed, "single", "batched", 3), "the same circuit"]
+        rows.append(row)
+    print(table(["job", "interp", "against", "ratio", "agreement"], rows))
+
+
+if __name__ == "__main__":
+    main()
