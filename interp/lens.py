@@ -10,9 +10,9 @@ import torch
 import xarray as xr
 
 from .effects import Effects
+from .engine.compile import token_sets
 from .engine.reading import encode_prompts, packed, read_program
 from .engine.run import provenance, token_budget
-from .engine.schedule import token_sets
 from .engine.trace import execute
 from .errors import MetricError, PlanError, SiteError
 from .models.model import Model

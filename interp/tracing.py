@@ -14,8 +14,8 @@ import xarray as xr
 from .edits import Edit
 from .effects import Effects
 from .engine.reading import packed, read_program
+from .engine.rows import Noise
 from .engine.run import run_plan, token_budget
-from .engine.schedule import Noise
 from .engine.trace import execute
 from .errors import PairsError, PlanError
 from .metrics import Metric, prob

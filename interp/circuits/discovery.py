@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from ..attribution import gradient_program, midpoints, step_rows
 from ..edits import Edge, Edit
+from ..engine.compile import compile_chunk
 from ..engine.run import check_metric, context_of, run_plan, token_budget
-from ..engine.schedule import compile_chunk, pack_pairs
+from ..engine.schedule import pack_pairs
 from ..engine.trace import execute_gradients
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff

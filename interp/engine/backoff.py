@@ -14,7 +14,9 @@ import torch
 
 from ..errors import BackendError, InterpError
 from ..metrics import Metric
-from .schedule import Chunk, Job, Row, compile_chunk
+from .compile import Chunk, compile_chunk
+from .rows import Row
+from .schedule import Job
 
 #: How memory failures read where they come as text from a server, or from a library below torch.
 PHRASES = ("outofmemoryerror", "out of memory", "alloc_failed", "can't allocate memory")

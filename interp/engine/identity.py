@@ -17,7 +17,7 @@ import torch
 
 from ..metrics import Metric
 from ..plan import Resolved
-from .schedule import Context
+from .rows import Context
 
 #: Packages whose releases may change the last bits of a number.
 PACKAGES = ("interp", "torch", "transformers", "nnsight")

@@ -13,7 +13,7 @@ from ..edits import FIELDS, OPS
 from ..models.model import Model
 from ..pairs import EncodedPairs, PromptPairs
 from ..sites import TABLE_KINDS
-from .schedule import inputs_of
+from .compile import inputs_of
 from .trace import execute
 
 

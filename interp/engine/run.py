@@ -26,7 +26,8 @@ from ..seeds import current_seed
 from .backoff import run_parts
 from .checkpoint import Checkpoint, read_identity
 from .identity import PACKAGES, identify
-from .schedule import SCHEDULES, Context, Job, Noise, check_direction, constants, make_job
+from .rows import Context, Noise, check_direction, constants
+from .schedule import SCHEDULES, Job, make_job
 
 
 def token_budget(model: Model) -> int:

@@ -36,7 +36,6 @@ from .edges import Edges
 from .gradients import Tape, attributions, slope, wanted_tapes
 from .readout import lens_rows, readout
 
-
 #: Kinds that are part of a wider tensor, or are divided into heads.
 FEATURED = ("q", "k", "v", "z", "q_rot", "k_rot", "mlp_pre")
 
@@ -401,12 +400,11 @@ def execute(
             resume(run, prepared)
         if run.cache is not None:
             inputs = {**inputs, "past_key_values": run.cache, "use_cache": True}
-        with torch.no_grad():
-            with model.trace(**inputs) as tracer:
-                found = nnsight.save({})
-                forward(model, run, metric, found)
-                if program["last"] is not None:
-                    tracer.stop()
+        with torch.no_grad(), model.trace(**inputs) as tracer:
+            found = nnsight.save({})
+            forward(model, run, metric, found)
+            if program["last"] is not None:
+                tracer.stop()
         if keep is not None:
             prepared = {
                 "cache": program["cache"],
@@ -436,18 +434,17 @@ def execute_gradients(
         wanted = edge_tapes(taps) if by_edge else wanted_tapes(taps, program)
         run.tape = Tape(wanted)
         run.active |= wanted
-        with torch.enable_grad():
-            with model.trace(**program["inputs"]):
-                found = nnsight.save({})
-                forward(model, run, metric, found)
-                if by_edge:
-                    total = found["metric"][program["gradient"].flatten().to(found["metric"].device)].sum()
-                    found["edges"] = edge_scores(model, taps, program, run.tape, total)
-                else:
-                    found["slope"] = slope(program, run.tape, found["metric"])
-                    found["attributions"] = attributions(model, taps, program, run.tape, found["metric"])
-                found["metric"] = found["metric"].detach()
-                found["reads"] = {}
+        with torch.enable_grad(), model.trace(**program["inputs"]):
+            found = nnsight.save({})
+            forward(model, run, metric, found)
+            if by_edge:
+                total = found["metric"][program["gradient"].flatten().to(found["metric"].device)].sum()
+                found["edges"] = edge_scores(model, taps, program, run.tape, total)
+            else:
+                found["slope"] = slope(program, run.tape, found["metric"])
+                found["attributions"] = attributions(model, taps, program, run.tape, found["metric"])
+            found["metric"] = found["metric"].detach()
+            found["reads"] = {}
         results.append(found)
     return results
 
@@ -462,9 +459,8 @@ def scores(
 def mean_contributions(model: Any, taps: dict[str, Any], program: dict[str, Any]) -> Tensor:
     """What each sender writes in the one row of a program: `[sender, position, d_model]`."""
     run = Run(taps, program)
-    with torch.no_grad():
-        with model.trace(**program["inputs"]):
-            walk(model, run)
-            assert run.edges is not None
-            written = nnsight.save(torch.cat([part[0].cpu() for part in run.edges.parts]))
+    with torch.no_grad(), model.trace(**program["inputs"]):
+        walk(model, run)
+        assert run.edges is not None
+        written = nnsight.save(torch.cat([part[0].cpu() for part in run.edges.parts]))
     return written
