@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from interp import Effects, PromptPairs, log_prob, logit_diff, prob
-from interp.engine.trace import add_noise
+from interp.engine.forward import add_noise
 from interp.errors import PairsError, PlanError
 from interp.tracing import causal_trace, token_seed
 from tests.families import PARALLEL, allowed, loaded, oracle_of, words

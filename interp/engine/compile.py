@@ -61,6 +61,9 @@ def compile_chunk(
             at_column = column + shift if column >= 0 else -1
             changed.append((number, streams[BASE], streams[SOURCE], sender, layer, kind, head, at_column))
     patched = [row for row in ordered if row.cell >= 0]
+    copied = {  # the row that each is a copy of until its stage
+        row: number_of[row.helper] if row.cut and row.helper is not None else place[row.pair, False] for row in ordered
+    }
     scored = [*range(len(runs)), *(number_of[row] for row in patched)]
     owners = [pair for pair, _ in runs] + [row.pair for row in patched]
     at = [
@@ -74,7 +77,7 @@ def compile_chunk(
     )
     program: dict[str, Any] = {
         "inputs": inputs_of(prompts, width, start_column, context.accepts),
-        "origin": torch.tensor([place[row.pair, False] for row in late], dtype=torch.long),
+        "origin": torch.tensor([copied[row] for row in late], dtype=torch.long),
         "stage": torch.tensor([row.stage for row in late], dtype=torch.long),
         "edits": torch.tensor(table, dtype=torch.int32).reshape(-1, len(FIELDS)),
         "values": context.values,
@@ -107,7 +110,7 @@ def compile_chunk(
         program["edges"] = {
             "mode": "cut",
             "rows": torch.tensor([number_of[row] for row in cut]),
-            "origin": torch.tensor([place[row.pair, False] for row in cut]),
+            "origin": torch.tensor([copied[row] for row in cut]),
             "source": torch.tensor([place.get((row.pair, True), -1) for row in cut]),
             "mask": torch.stack([torch.as_tensor(context.cuts[row.cell]) for row in cut]),
             "reference": context.reference,

@@ -10,7 +10,7 @@ A program's `edges` is a dictionary with `mode`:
               source run's contribution of `sender` instead of the base run's
     "cut"     `rows`, `mask [row, receiver, sender]` (True = cut), `reference`: every receiver of these rows reads, for
               cut edges, the reference's contribution instead of this run's own. `reference` is "source" (row
-              `source [row]`), "zero", or constants `[sender, position or 1, d_model]`; `origin [row]`: its base row
+              `source [row]`), "zero", or constants `[sender, position or 1, d_model]`; `origin [row]`: the row that it copies
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Edges:
     def fill(self, first: int, parts: Tensor) -> None:
         """ "cut": write into `change` what senders from `first` on add, `[row, sender, position, d_model]`.
 
-        A row that joins later is its base row until then.
+        A row that joins later is the row that it copies until then.
         """
         spec, end = self.spec, first + parts.shape[1]
         rows, origin = spec["rows"].to(parts.device), spec["origin"].to(parts.device)

@@ -36,7 +36,7 @@ class Row:
     entries: tuple[tuple[int, ...], ...]
     edges: tuple[tuple[int, ...], ...] = ()
     helper: Row | None = None
-    cut: bool = False  # its cell names edges that are cut
+    cut: bool = False  # its cell names edges that are cut; its helper is then the run that it branches off from
 
 
 SOURCE, BASE, HELPER = range(3)
@@ -168,6 +168,7 @@ def stage_of(layer: int, kind: str) -> int:
 def make_rows(resolved: Resolved, context: Context, prune: bool) -> tuple[list[Row], list[tuple[int, int]]]:
     """Rows of every cell on every pair, and the (cell, pair) that are known to equal the base run."""
     rows, untouched = [], []
+    trunks: dict[int, int] = {}  # number of the first cell with each trunk: that run is known as ~number
     swap = context.direction == "denoising"
     encoded = context.encoded
     differs = context.first_difference if prune else None
@@ -209,8 +210,12 @@ def make_rows(resolved: Resolved, context: Context, prune: bool) -> tuple[list[R
                 start = (differs[pair] if counterfactual and differs is not None else 0) - base
                 if prune and start > answer:
                     untouched.append((number, pair))
-                else:
-                    rows.append(Row(pair, number, cut_stage(cell.cut, context.taps), start, (), cut=True))
+                    continue
+                stage, trunk = cut_stage(cell.cut, context.taps), None
+                if cell.trunk is not None and (branch := cut_stage(cell.cut != cell.trunk, context.taps)) > 0:
+                    trunk = Row(pair, ~trunks.setdefault(id(cell.trunk), number), 0, start, (), cut=True)
+                    stage = branch
+                rows.append(Row(pair, number, stage, start, (), helper=trunk, cut=True))
             elif cell.edges:
                 start = (differs[pair] if differs is not None else 0) - base
                 plain = Row(pair, number, stage, first, tuple(entries))

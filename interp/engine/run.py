@@ -130,6 +130,7 @@ def context_of(model: Model, encoded: EncodedPairs, direction: str, resolved: Re
     accepts = frozenset(inspect.signature(type(model.hf).forward).parameters)
     cache = DynamicCache if schedule == "prefix" else None
     cuts = {number: cell.cut for number, cell in enumerate(resolved.cells) if cell.cut is not None}
+    cuts |= {~number: cell.trunk for number, cell in enumerate(resolved.cells) if cell.trunk is not None}
     return Context(encoded, direction, model.taps, accepts, cache, values, indices, cuts=cuts)
 
 
