@@ -248,9 +248,7 @@ def _fractions(sites: list[Site2], alphas: tuple[float, ...], method: str) -> di
     return {(-1, "embed"): values} if method == "ig" else dict.fromkeys(sites, values)
 
 
-def _columns(
-    context: Context, block: list[int], by_pair: dict[int, list[Row]], width: int
-) -> torch.Tensor | None:
+def _columns(context: Context, block: list[int], by_pair: dict[int, list[Row]], width: int) -> torch.Tensor | None:
     """The source column that belongs to each base column `[pair, position]`; None where they are the same."""
     columns = torch.arange(width).repeat(len(block), 1)
     for place, pair in enumerate(block):

@@ -99,9 +99,7 @@ def group_edits(table: Tensor) -> dict[tuple[int, str], list[dict[str, Any]]]:
     return groups
 
 
-def locate(
-    group: dict[str, Any], rows: Tensor, columns: Tensor, x: Tensor, index: Tensor | None
-) -> tuple[Tensor, ...]:
+def locate(group: dict[str, Any], rows: Tensor, columns: Tensor, x: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
     """Broadcastable indices (row, column, feature) into `x [row, position, feature]` for every edit of a group."""
     device = x.device
     column = torch.arange(x.shape[1])[None, :] if group["everywhere"] else columns[:, None]

@@ -73,9 +73,7 @@ class Effects:
         except (TypeError, ValueError) as error:
             raise EffectsError(f"provenance must be JSON-able: {error}") from error
         if self.direction is not None and self.direction not in DIRECTIONS:
-            raise EffectsError(
-                f"direction {self.direction!r} is unknown; it is one of {', '.join(DIRECTIONS)}"
-            )
+            raise EffectsError(f"direction {self.direction!r} is unknown; it is one of {', '.join(DIRECTIONS)}")
         if self.direction == "denoising" and self.corrupted is None:
             raise EffectsError("direction 'denoising' patches into the corrupted run, but corrupted is None")
 
@@ -109,9 +107,7 @@ class Effects:
         """Mean over the pairs that have the cell; dims of `values` without `pair`."""
         return (self.normalized if normalized else self.values).mean("pair")
 
-    def interval(
-        self, level: float = 0.95, samples: int = 2000, seed: int = 0, normalized: bool = False
-    ) -> xr.Dataset:
+    def interval(self, level: float = 0.95, samples: int = 2000, seed: int = 0, normalized: bool = False) -> xr.Dataset:
         """Mean over pairs with a bootstrap interval: `bootstrap` of `values`, or of `normalized`."""
         return bootstrap(self.normalized if normalized else self.values, level, samples, seed)
 
@@ -213,11 +209,7 @@ class Effects:
         return f"<table><caption style='text-align:left'>Effects</caption>{rows}</table>"
 
     def _summary(self) -> list[tuple[str, str]]:
-        known = [
-            str(self.provenance[k])
-            for k in ("model", "method", "metric", "direction")
-            if self.provenance.get(k)
-        ]
+        known = [str(self.provenance[k]) for k in ("model", "method", "metric", "direction") if self.provenance.get(k)]
         rows = [("", ", ".join(known))] if known else []
         rows.append(("", " × ".join(f"{dim} {n}" for dim, n in self.values.sizes.items())))
         if "component" in self.values.coords:
@@ -239,9 +231,7 @@ def bootstrap(values: xr.DataArray, level: float = 0.95, samples: int = 2000, se
         EffectsError: a level outside (0, 1), or no samples.
     """
     if not 0 < level < 1 or samples < 1:
-        raise EffectsError(
-            f"level must lie in (0, 1) and samples be >= 1, not level={level}, samples={samples}"
-        )
+        raise EffectsError(f"level must lie in (0, 1) and samples be >= 1, not level={level}, samples={samples}")
     stacked = values.transpose("pair", ...)
     flat = stacked.values.reshape(stacked.sizes["pair"], -1).astype(np.float64)  # [pair, cell]
     n, cells = flat.shape

@@ -137,9 +137,7 @@ class PromptPairs:
         parts: Any = (self.corrupted, self.clean, self.distractors, self.answers)
         return PromptPairs(*parts, positions=named, answer_positions=self.answer_positions, name=self.name)
 
-    def encode(
-        self, tokenizer: Any, prefix_ids: Sequence[int] = (), vocab_size: int | None = None
-    ) -> EncodedPairs:
+    def encode(self, tokenizer: Any, prefix_ids: Sequence[int] = (), vocab_size: int | None = None) -> EncodedPairs:
         """Tokens of every prompt and answer, and every position as an index from the pair's first token.
 
         Strings become tokens as `tokenizer` makes them by default; `prefix_ids` go before those that do not
@@ -173,9 +171,7 @@ class PromptPairs:
         ats = [(i, (at,)) for i, at in enumerate(self.answer_positions)]
         ends = {side: [resolve("answer_positions", i, side, at)[0] for i, at in ats] for side in ids}
         sets: dict[str, tuple[Tokens, ...] | None] = {
-            part: None
-            if entries is None
-            else tuple(text.answer_set(part, i, e) for i, e in enumerate(entries))
+            part: None if entries is None else tuple(text.answer_set(part, i, e) for i, e in enumerate(entries))
             for part, entries in (("answers", self.answers), ("distractors", self.distractors))
         }
         return EncodedPairs(

@@ -65,6 +65,8 @@ class Cell:
     through_mlps: bool = False
     #: edges that are cut, [receiver, sender] in the order of `interp.engine.edges`, or None
     cut: Any = None
+    #: edges cut in a run that other cells share: a row branches off from it where the two first differ, or None
+    trunk: Any = None
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,7 @@ class Text:
         if isinstance(prompt, str) and ids[: len(self.prefix)] != self.prefix:
             ids = self.prefix + ids
         if not ids:
-            raise PairsError(
-                f"{side} of pair {i} has no tokens, shape [0]: its text is {prompt!r}; give a prompt"
-            )
+            raise PairsError(f"{side} of pair {i} has no tokens, shape [0]: its text is {prompt!r}; give a prompt")
         return self.known(side, i, ids)
 
     def known(self, what: str, i: int, ids: Tokens) -> Tokens:
@@ -75,9 +73,7 @@ class Text:
         """Positions of the tokens that hold a character of `part`, which must occur in the prompt once."""
         place = f"{what} of pair {i}: {part!r}"
         if not isinstance(prompt, str):
-            raise PairsError(
-                f"{place} is text but the {side} prompt is ids, shape [{len(ids)}]; give positions"
-            )
+            raise PairsError(f"{place} is text but the {side} prompt is ids, shape [{len(ids)}]; give positions")
         start = prompt.find(part) if part else -1
         if start < 0:
             raise PairsError(
@@ -86,8 +82,7 @@ class Text:
             )
         if prompt.find(part, start + 1) >= 0:
             raise PairsError(
-                f"{place} occurs more than once in the {side} prompt {prompt!r}; give a longer text, or "
-                "token positions"
+                f"{place} occurs more than once in the {side} prompt {prompt!r}; give a longer text, or token positions"
             )
         try:
             spans = self.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
@@ -97,9 +92,7 @@ class Text:
                 "one); give token positions"
             ) from error
         shift = len(ids) - len(spans)  # the prefix, where this class added it
-        return tuple(
-            p + shift for p, (a, b) in enumerate(spans) if a < b and a < start + len(part) and b > start
-        )
+        return tuple(p + shift for p, (a, b) in enumerate(spans) if a < b and a < start + len(part) and b > start)
 
     def label(self, token: int) -> str:
         """The token's text; `<id>` where the tokenizer knows none."""

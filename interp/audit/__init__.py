@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import AuditError
+from ..errors import AuditError, InterpError
 from ..models.model import Model
 from ..sites import KINDS
 from .checks import Finding, check_embed, check_identity, check_padding, check_writes
@@ -41,13 +42,18 @@ class AuditReport:
         return out
 
     def __str__(self) -> str:
-        lines = [f"audit of {self.model} ({self.family})", f"{'site':<11}{'check':<12}{'layers':>7}{'worst/allowed':>15}  "]
+        lines = [
+            f"audit of {self.model} ({self.family})",
+            f"{'site':<11}{'check':<12}{'layers':>7}{'worst/allowed':>15}  ",
+        ]
         for kind in KINDS:
             for what in ("read", "write", "self-patch", "padding"):
                 found = [finding for finding in self.findings if (finding.kind, finding.what) == (kind, what)]
                 if not found:
                     continue
-                worst = max(finding.error / finding.tolerance if finding.tolerance else finding.error for finding in found)
+                worst = max(
+                    finding.error / finding.tolerance if finding.tolerance else finding.error for finding in found
+                )
                 notes = sorted({finding.note for finding in found if finding.note})
                 verdict = "ok" if all(finding.ok for finding in found) else "FAILED"
                 layers = len({finding.layer for finding in found})
@@ -70,6 +76,20 @@ def _prompt(model: Model, length: int, seed: int) -> list[int]:
 def _local(model: Model) -> None:
     if any(parameter.is_meta for parameter in model.hf.parameters()):
         raise AuditError(f"the audit of {model.name} needs its weights here, but they live on a remote deployment")
+
+
+@contextmanager
+def _row_on_trial(model: Model) -> Iterator[None]:
+    """A row so wrong that no forward pass can follow it fails in many ways; they all mean one thing."""
+    try:
+        yield
+    except InterpError:
+        raise
+    except Exception as error:
+        raise AuditError(
+            f"{model.name}: no forward pass can follow the row {model.family.name!r} of interp/models/families.py (paths "
+            f"in forward order, sides, layouts): {type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+        ) from error
 
 
 def _refuse(model: Model, report: AuditReport) -> None:
@@ -98,10 +118,11 @@ def audit(model: Model, *, length: int = 9, layers: Sequence[int] | None = None)
     """
     _local(model)
     prompt, other = _prompt(model, length, 0), _prompt(model, length, 1)
-    findings: list[Finding] = [*_read_findings(model, prompt)]
-    for layer in range(model.n_layers) if layers is None else layers:
-        findings += check_writes(model, prompt, other, layer)
-    findings += [*check_embed(model, prompt), *check_identity(model, prompt), *check_padding(model, prompt)]
+    with _row_on_trial(model):
+        findings: list[Finding] = [*_read_findings(model, prompt)]
+        for layer in range(model.n_layers) if layers is None else layers:
+            findings += check_writes(model, prompt, other, layer)
+        findings += [*check_embed(model, prompt), *check_identity(model, prompt), *check_padding(model, prompt)]
     report = _report(model, findings)
     _refuse(model, report)
     return report
@@ -110,7 +131,8 @@ def audit(model: Model, *, length: int = 9, layers: Sequence[int] | None = None)
 def check_reads(model: Model) -> AuditReport:
     """One short forward that checks all reads; `load_model` runs it. Sites that fail are refused, with a warning."""
     _local(model)
-    report = _report(model, _read_findings(model, _prompt(model, 5, 0)))
+    with _row_on_trial(model):
+        report = _report(model, _read_findings(model, _prompt(model, 5, 0)))
     _refuse(model, report)
     if report.failed:
         warnings.warn(

@@ -141,8 +141,10 @@ def check_attention_reads(model: Model, parts: Parts, here: dict[str, Tensor]) -
     if "pattern" in here:
         pattern = here["pattern"]
         mixed = mix_values(pattern, here["v"].transpose(1, 2))
-        yield compare("pattern", "read", layer, mixed, here["z"])
-        sums = pattern.double().sum(-1).to(pattern.dtype).to(pattern.dtype)
+        recomputed = ("q_rot", "k_rot") if model.family.pattern == "interface" else ()
+        for kind in ("pattern", "v", *recomputed):  # one equation that holds only if all of these are right
+            yield compare(kind, "read", layer, mixed, here["z"])
+        sums = pattern.double().sum(-1).to(pattern.dtype)
         want = torch.ones_like(sums) if not model.family.sinks else sums.clamp(max=1.0)
         yield compare("pattern", "read", layer, sums, want)
     for kind, plain in (("q_rot", "q"), ("k_rot", "k")):
@@ -156,7 +158,9 @@ def check_units(parts: Parts, pre: Tensor, neuron: Tensor) -> Finding:
     """Hidden units are the activation function of `mlp_pre`, times another factor in gated MLPs."""
     act = parts.activation()
     if act is None or pre.shape != neuron.shape:
-        return compare("mlp_pre", "read", parts.layer, neuron[..., :0], neuron[..., :0], "activation function not found")
+        return compare(
+            "mlp_pre", "read", parts.layer, neuron[..., :0], neuron[..., :0], "activation function not found"
+        )
     active = act(pre)
     dead = active.abs() < 1e-6
     return compare("mlp_pre", "read", parts.layer, neuron.masked_fill(~dead, 0), torch.zeros_like(neuron))
@@ -183,7 +187,7 @@ def check_writes(model: Model, prompt: Sequence[int], other: Sequence[int], laye
         width = int(features(model.taps, "z" if kind == "head_out" else kind).max()) + 1 if kind in FEATURED else 0
         step = torch.randn(width or tensor.shape[-1], generator=generator) * max(float(tensor.float().std()), 1e-2)
         values[layer, kind] = step.to(model.device, model.dtype)[None, None]
-        head = {"head": 0} if kind in HEAD_KINDS else {}
+        head = {"head": model.heads_of(kind) - 1} if kind in HEAD_KINDS else {}  # the first is alike in most layouts
         edits.append(entry(layer, kind, "add", row_of[kind], column=place, source_column=place, value=0, **head))
         delta[kind] = values[layer, kind][0, 0]
     reads = [(layer, kind) for kind in kinds] + ([] if last else [(layer + 1, kind) for kind in "qkv"])
@@ -215,12 +219,20 @@ class Trial:
     """The rows of one run of writes at one layer, and what each must have done."""
 
     def __init__(
-        self, model: Model, layer: int, place: int, run: dict[str, Any], row_of: dict[str, int], delta: dict[str, Tensor]
+        self,
+        model: Model,
+        layer: int,
+        place: int,
+        run: dict[str, Any],
+        row_of: dict[str, int],
+        delta: dict[str, Tensor],
     ) -> None:
         self.model, self.layer, self.place, self.run = model, layer, place, run
         self.row_of, self.delta, self.parts = row_of, delta, Parts(model, layer)
         index = features(model.taps, "z")
-        self.head_delta = {kind: step[index[0].to(step.device)] for kind, step in delta.items() if kind in ("z", "head_out")}
+        self.head_delta = {
+            kind: step[index[-1].to(step.device)] for kind, step in delta.items() if kind in ("z", "head_out")
+        }
 
     def get(self, kind: str, row: str | None, layer: int | None = None) -> Tensor:
         """What was read at a kind of site in the row of a write (None: the base row): `[1, position, …]`."""
@@ -252,6 +264,8 @@ class Trial:
                 before, after = ["resid_pre"], self.get("resid_mid", kind)
             want = sum((self.get(part, kind) for part in before), self.get(kind, None))
             yield self.expect(kind, after, want + self.at_place(self.delta[kind], want))
+        if family.parallel:
+            yield self.expect("attn_out", self.get("mlp_out", "attn_out"), self.get("mlp_out", None))
         yield from self._stream("resid_pre", family.norm1)
         if "resid_mid" in has:
             yield from self._stream("resid_mid", family.norm2)
@@ -291,11 +305,11 @@ class Trial:
         model, d = self.model, self.model.d_head
         group = model.n_heads // model.n_kv_heads
         o = at(self.parts.block, model.family.o)
-        by_head = matrix(o)[:, :d]
+        by_head = matrix(o)[:, -d:]
         for kind in ("z", "head_out"):
             z = self.get("z", None)
             step = torch.zeros_like(z)
-            step[:, self.place, 0] = self.head_delta[kind]
+            step[:, self.place, -1] = self.head_delta[kind]
             yield self.expect(kind, self.get("attn_out", kind), self.parts.attn_out(z + step), by_head)
         for kind in ("q", "k", "v", "q_rot", "k_rot"):
             if kind not in has:
@@ -303,29 +317,43 @@ class Trial:
             reach = group if kind in KV_KINDS else 1
             moved = self.moved("z", kind)
             joint = self.model.family.joint_qk_norm and kind in "qk"
-            outside = moved[:, :, moved.shape[2] if joint else reach :]
+            outside = moved[:, :, : 0 if joint else model.n_heads - reach]
             yield self.expect(kind, outside, torch.zeros_like(outside))
             before = moved[:, : self.place]
             yield self.expect(kind, before, torch.zeros_like(before))
             if kind == "v":
                 if "pattern" in has:
-                    step = self.delta[kind][features(model.taps, "v")[0].to(moved.device)]
-                    weight = self.get("pattern", None)[:, :reach, :, self.place].transpose(1, 2)
-                    yield self.expect(kind, moved[:, :, :reach], weight[..., None] * step)
+                    step = self.delta[kind][features(model.taps, "v")[-1].to(moved.device)]
+                    weight = self.get("pattern", None)[:, -reach:, :, self.place].transpose(1, 2)
+                    yield self.expect(kind, moved[:, :, -reach:], weight[..., None] * step)
                 continue
+            if kind.startswith("q"):  # a query is used at its own position alone; if it is a key, so is the key a query
+                later = moved[:, self.place + 1 :]
+                for one in (kind, kind.replace("q", "k")):
+                    yield self.expect(one, later, torch.zeros_like(later))
             if "pattern" in has:
                 z = mix_values(self.get("pattern", kind), self.get("v", kind).transpose(1, 2))
                 yield self.expect(kind, self.get("z", kind), z)
-            inside = float(moved[:, self.place :, :reach].abs().max())
+            inside = float(moved[:, self.place :, -reach:].abs().max())
             other = self.get("k" if kind.startswith("q") else "q", None)
             idle = not float(other.abs().max()) or not float(self.get("v", None).abs().max())
-            error = 0.0 if inside or idle else float("inf")
-            yield Finding(kind, "write", self.layer, error, 0.0, "weights are zero" if idle else "")
+            note = "weights are zero" if idle else "attention is saturated" if self._saturated(kind, reach) else ""
+            yield Finding(kind, "write", self.layer, 0.0 if inside or note else float("inf"), 0.0, note)
         if "pattern" in has:
             pattern = self.run["reads"][self.layer, "pattern"][1:2]
             want = mix_values(pattern, self.get("v", None).transpose(1, 2))
             yield self.expect("pattern", self.get("z", "pattern"), want)
             yield self.expect("pattern", self.get("attn_out", "pattern"), self.parts.attn_out(want), by_head)
+
+    def _saturated(self, kind: str, reach: int) -> bool:
+        """Whether attention is so sharp that a step of a query or key cannot move it."""
+        if "pattern" not in self.row_of:
+            return False
+        pattern = self.get("pattern", None)[:, -reach:].float()
+        if kind.startswith("q"):
+            return bool((pattern[:, :, self.place].max(-1).values > 1 - 1e-3).all())
+        weight = pattern[:, :, self.place :, self.place]
+        return bool(((weight < 1e-6) | (weight > 1 - 1e-6)).all())
 
     def _units(self) -> Iterator[Finding]:
         """Hidden units move the MLP's output by W_down·Δ; `mlp_pre` moves its own hidden units only."""

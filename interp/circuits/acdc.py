@@ -33,8 +33,9 @@ def acdc(
     """Remove every edge whose removal, all earlier ones removed, changes the mean metric by less than the threshold.
 
     Receivers go from the logits to the first layer, the senders of each from last to first. Candidates are tried in
-    batches: row i assumes that all candidates before it in the batch were removed, so the batch holds up to the first
-    that stays; those behind it are tried again. The result is that of one at a time, whatever the batch size.
+    batches: row i assumes a fate for each candidate before it in the batch, so the batch holds up to the first whose fate
+    was another; those behind it are tried again, expecting what their rows said. The result is that of one at a time,
+    whatever the batch size. All rows of a batch share the layers below the receiver of its last candidate.
 
     Args:
         ahead: the largest batch; 1 tries one at a time.
@@ -50,31 +51,40 @@ def acdc(
         assert run.corrupted is not None
         threshold = 0.01 * abs(float(run.clean.mean()) - float(run.corrupted.mean()))
     scores = np.zeros(kept.shape, dtype=np.float32)
+    stays = np.zeros(kept.shape, dtype=bool)  # what is expected of each edge
+    if within is not None and within.level == "edge":
+        stays = np.abs(np.nan_to_num(within.score_matrix(facts))) >= threshold
     most = MOST_AHEAD if ahead is None else ahead
     size, done, trials = min(8, most), 0, 0
     bar = tqdm(total=len(order), disable=None if progress is None else not progress, desc="acdc", unit="edge")
     with bar:
         while done < len(order):
             batch = order[done : done + size]
+            expected = [bool(stays[edge]) for edge in batch]
             masks, mask = [], kept.copy()
-            for s, r in batch:
-                mask = mask.copy()
-                mask[s, r] = False
-                masks.append(mask)
+            for edge, stay in zip(batch, expected, strict=True):
+                masks.append(mask.copy())
+                masks[-1][edge] = False
+                mask = mask if stay else masks[-1]
+            options["trunk"] = kept if len(batch) > 2 else None
             found = run_masks(model, pairs, masks, "counterfactual", metric, reference=reference, **options)
             values = found.values.mean("pair").values
             trials += len(batch)
-            used = 0
-            for (s, r), value in zip(batch, values, strict=True):
+            used, before, as_expected = 0, current, True
+            for edge, value, stay in zip(batch, values.tolist(), expected, strict=True):
+                change = value - before
+                stays[edge] = abs(change) >= threshold  # behind a wrong guess: nearly what it will be
+                before = before if stay else value
+                if not as_expected:
+                    continue
                 used += 1
-                change = float(value) - current
-                if abs(change) < threshold:
-                    kept[s, r] = False
-                    current = float(value)
+                if stays[edge]:
+                    scores[edge] = change
                 else:
-                    scores[s, r] = change
-                    break
-            size = min(most, 2 * size) if used == len(batch) else max(1, min(most, 2 * used))
+                    kept[edge] = False
+                    current = value
+                as_expected = bool(stays[edge]) == stay
+            size = min(most, 2 * size if used == len(batch) else max(4, 2 * used, len(batch) - used))
             done += used
             bar.update(used)
     meta |= {"threshold": threshold, "trials": trials, "tested": len(order), "metric_value": current}

@@ -61,9 +61,7 @@ class Circuit:
         nx.freeze(self.graph)
 
     @classmethod
-    def from_matrix(
-        cls, scores: Any, mask: Any, facts: Facts | Any, meta: Mapping[str, Any] | None = None
-    ) -> Circuit:
+    def from_matrix(cls, scores: Any, mask: Any, facts: Facts | Any, meta: Mapping[str, Any] | None = None) -> Circuit:
         """The circuit of the edges in `mask` with their `scores`, both [sender, receiver] as in `facts`.
 
         Args:
@@ -134,9 +132,7 @@ class Circuit:
     def _items(self) -> dict[Any, float | None]:
         """What carries scores, in forward order: edges, or at level "node" heads, MLPs, a scored embed."""
         if self.level == "edge":
-            found = [
-                (e[:2], e[2].get("score")) for e in self.graph.edges(data=True) if e[2]["kind"] == "edge"
-            ]
+            found = [(e[:2], e[2].get("score")) for e in self.graph.edges(data=True) if e[2]["kind"] == "edge"]
             return dict(sorted(found, key=lambda item: (order(item[0][0]), order(item[0][1]))))
         kept = [n for n in sorted(self.graph, key=order) if n.kind in ("head_out", "mlp_out", "embed")]
         scored = {n: self.graph.nodes[n].get("score") for n in kept}
@@ -228,9 +224,7 @@ class Circuit:
         """All edges, or all heads and MLPs, largest |score| first. CircuitError: one has no score."""
         scores = {item: score for item, score in self._items.items() if item != EMBED}
         if missing := [item for item, score in scores.items() if score is None]:
-            raise CircuitError(
-                f"{len(missing)} {self.level}s have no score to rank by; first: {_name(missing[0])}"
-            )
+            raise CircuitError(f"{len(missing)} {self.level}s have no score to rank by; first: {_name(missing[0])}")
         return sorted(scores, key=lambda item: -abs(scores[item] or 0.0))
 
     def _part(self, kept: list[Any], how: dict[str, Any], connected: bool) -> Circuit:

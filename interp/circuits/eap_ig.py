@@ -19,9 +19,7 @@ from .nodes import EMBED, LOGITS, Facts
 _NODE = re.compile(r"^(?:a(\d+)\.h(\d+)|m(\d+)|input|logits)(?:<([qkv])>)?$")
 
 
-def to_eap_ig(
-    circuit: Circuit, path: Place, facts: Facts | Any = None, *, d_model: int | None = None
-) -> None:
+def to_eap_ig(circuit: Circuit, path: Place, facts: Facts | Any = None, *, d_model: int | None = None) -> None:
     """Write the graph JSON that EAP-IG's `Graph.from_json` reads: every edge of the model, kept or not.
 
     EAP-IG has a k and a v for every query head. The edge of a grouped k or v is written once for each head of
@@ -39,9 +37,7 @@ def to_eap_ig(
     width = circuit.meta.get("d_model") if d_model is None else d_model
     if known is None or width is None:
         missing = "the facts of its model" if known is None else "d_model"
-        raise CircuitError(
-            f"EAP-IG's format needs {missing}: pass {'facts' if known is None else 'd_model'}="
-        )
+        raise CircuitError(f"EAP-IG's format needs {missing}: pass {'facts' if known is None else 'd_model'}=")
     kept, scores = circuit.matrix(known), circuit.scores()
     cfg = {
         "n_layers": known.n_layers, "n_heads": known.n_heads, "parallel_attn_mlp": known.parallel,

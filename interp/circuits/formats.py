@@ -93,9 +93,7 @@ def to_graphml(circuit: Circuit, path: Place) -> None:
         CircuitError: meta that JSON cannot hold, or a place that cannot be written.
     """
     facts = json.dumps(circuit.meta["facts"])
-    graph = nx.DiGraph(
-        schema=SCHEMA, version=VERSION, level=circuit.level, facts=facts, meta=_meta_text(circuit)
-    )
+    graph = nx.DiGraph(schema=SCHEMA, version=VERSION, level=circuit.level, facts=facts, meta=_meta_text(circuit))
     for site, data in circuit.graph.nodes(data=True):
         place = {name: value for name in ("layer", "head") if (value := getattr(site, name)) is not None}
         graph.add_node(site.node, kind=site.kind, **place, **data)
@@ -155,9 +153,7 @@ def add(
     sites = tuple(node(name) for name in names)
     number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
     if not number and (required or score is not None):
-        raise CircuitError(
-            f"the score must be a finite number{'' if required else ' or null'}, not {score!r}"
-        )
+        raise CircuitError(f"the score must be a finite number{'' if required else ' or null'}, not {score!r}")
     item = sites if len(sites) == 2 else sites[0]
     if item in items:
         raise CircuitError(f"{' -> '.join(site.node for site in sites)} stands here a second time")

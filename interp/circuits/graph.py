@@ -37,9 +37,7 @@ def matrix_edges(scores: Any, mask: Any, facts: Facts) -> dict[Edge, float | Non
     kept = facts.mask if mask is None else np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask)
     for name, array in (("scores", scores), ("the mask", kept)):
         if array.shape != facts.mask.shape:
-            raise CircuitError(
-                f"{name} must be [sender, receiver] = {facts.mask.shape} for {facts}, not {array.shape}"
-            )
+            raise CircuitError(f"{name} must be [sender, receiver] = {facts.mask.shape} for {facts}, not {array.shape}")
     if kept.dtype != bool:
         raise CircuitError(f"the mask must be boolean, not {kept.dtype}")
     at = np.argwhere(kept).tolist()

@@ -46,9 +46,7 @@ class Facts:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise CircuitError(f"facts: {name} must be an integer of at least 1, not {value!r}")
         if self.n_layers * self.n_heads > MOST_HEADS:
-            raise CircuitError(
-                f"facts: {self.n_layers} layers of {self.n_heads} heads are no model that exists"
-            )
+            raise CircuitError(f"facts: {self.n_layers} layers of {self.n_heads} heads are no model that exists")
         if not isinstance(self.parallel, bool):
             raise CircuitError(f"facts: parallel must be true or false, not {self.parallel!r}")
         if self.n_heads % self.n_kv_heads:
@@ -160,9 +158,7 @@ class Facts:
 
     def __str__(self) -> str:
         kv = "" if self.n_kv_heads == self.n_heads else f", {self.n_kv_heads} key/value heads"
-        return (
-            f"{self.n_layers} layers, {self.n_heads} heads{kv}{', parallel blocks' if self.parallel else ''}"
-        )
+        return f"{self.n_layers} layers, {self.n_heads} heads{kv}{', parallel blocks' if self.parallel else ''}"
 
 
 def node(name: Site | str) -> Site:

@@ -90,16 +90,19 @@ def run_masks(
     *,
     labels: Sequence[Any] | None = None,
     reference: Any = None,
+    trunk: np.ndarray | None = None,
     **options: Any,
 ) -> Effects:
     """The metric of several circuits given as kept-edge masks `[sender, receiver]`: dims (circuit, pair).
 
-    `reference` is what `reference_of` returned, or None to compute it. Base clean, source corrupted.
+    `reference` is what `reference_of` returned, or None to compute it. Base clean, source corrupted. `trunk` is a
+    kept-edge mask that the circuits nearly share: it is run once, and each branches off at the first layer that differs.
     """
     facts = Facts.of(model)
     possible = facts.mask
     source = reference_of(model, pairs, ablation) if reference is None else reference
-    cells = tuple(Cell((number,), cut=(possible & ~mask).T.copy()) for number, mask in enumerate(kept))
+    shared = None if trunk is None else (possible & ~trunk).T.copy()
+    cells = tuple(Cell((i,), cut=(possible & ~mask).T.copy(), trunk=shared) for i, mask in enumerate(kept))
     spec = {"circuits": [int(mask.sum()) for mask in kept], "ablation": ablation}
     plan: Any = Cells("circuit", tuple(range(len(kept)) if labels is None else labels), cells, spec)
     return run_plan(

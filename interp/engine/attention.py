@@ -35,7 +35,9 @@ def edit_core(run: Run, layer: int, call: Any, kinds: list[str]) -> dict[str, An
     mask = new[first + 3] if len(new) > first + 3 else kwargs.get("attention_mask")
     core = {"query": new[first], "key": new[first + 1], "value": new[first + 2], "mask": mask, "options": kwargs}
     if run.tape is not None:
-        run.tape.core[layer] = {name: part.detach() if isinstance(part, Tensor) else part for name, part in core.items()}
+        run.tape.core[layer] = {
+            name: part.detach() if isinstance(part, Tensor) else part for name, part in core.items()
+        }
     return core
 
 

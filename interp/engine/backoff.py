@@ -189,11 +189,7 @@ def recompiled(job: Job, part: Part, rows: Sequence[Row], pairs: Sequence[int]) 
     chunk = compile_chunk(rows, context, job.schedule, column, pairs or None, width, first)
     if "use" in program:
         streams = 2 if context.source is not None else 1
-        kept = [
-            part.chunk.pairs.index(pair) * streams + stream
-            for pair in chunk.pairs
-            for stream in range(streams)
-        ]
+        kept = [part.chunk.pairs.index(pair) * streams + stream for pair in chunk.pairs for stream in range(streams)]
         chunk.program.update(use=program["use"], pick=program["pick"][kept], column=column)
     return Part(part.index, chunk, part.block, divided=True)
 

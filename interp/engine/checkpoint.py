@@ -168,8 +168,7 @@ class Checkpoint:
         remedy = "free space there, or give another path" if full else "give a path that can be written"
         kept = f". It keeps {self._count} of {len(self.sizes)} chunks, from which the same call continues"
         return CheckpointError(
-            f"cannot write the checkpoint {self.path}: {error.strerror or error}; {remedy}"
-            f"{kept if self._count else ''}"
+            f"cannot write the checkpoint {self.path}: {error.strerror or error}; {remedy}{kept if self._count else ''}"
         )
 
 
@@ -182,9 +181,7 @@ def record(digest: str, number: int, scores: np.ndarray, divided: bool) -> bytes
 def header(digest: str, identity: dict[str, Any], chunks: int) -> bytes:
     """The two lines that a file begins with."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    text = json.dumps(
-        {"created": created, "chunks": chunks, "digest": digest, "identity": identity}, sort_keys=True
-    )
+    text = json.dumps({"created": created, "chunks": chunks, "digest": digest, "identity": identity}, sort_keys=True)
     return MAGIC + b"%d\n" % SCHEMA + f"{hashlib.sha256(text.encode()).hexdigest()} {text}\n".encode()
 
 
@@ -208,9 +205,7 @@ def read_header(path: Path, file: IO[bytes]) -> dict[str, Any] | None:
         )
     checksum, _, text = second[:-1].partition(b" ")
     if hashlib.sha256(text).hexdigest().encode() != checksum:
-        raise CheckpointError(
-            f"{path} is damaged: its header does not match its checksum; delete it to start over"
-        )
+        raise CheckpointError(f"{path} is damaged: its header does not match its checksum; delete it to start over")
     found_header: dict[str, Any] = json.loads(text)
     return found_header
 
@@ -235,9 +230,7 @@ def _reading(path: Path) -> Any:
     """The open file, or None where there is none."""
     if os.path.exists(path) and not os.path.isfile(path):
         what = "a folder" if os.path.isdir(path) else "not a plain file"
-        raise CheckpointError(
-            f"checkpoint {path} is {what}; give the path of a file, such as {path / 'sweep.ckpt'}"
-        )
+        raise CheckpointError(f"checkpoint {path} is {what}; give the path of a file, such as {path / 'sweep.ckpt'}")
     try:
         file = path.open("rb")
     except FileNotFoundError:

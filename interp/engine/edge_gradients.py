@@ -36,7 +36,12 @@ def pull_back(norm: Any, x: Tensor, cotangent: Tensor) -> Tensor:
 
 
 def read_gradients(
-    model: Any, taps: dict[str, Any], program: dict[str, Any], tape: Tape, gradients: dict[tuple[int, str], Tensor], layer: int
+    model: Any,
+    taps: dict[str, Any],
+    program: dict[str, Any],
+    tape: Tape,
+    gradients: dict[tuple[int, str], Tensor],
+    layer: int,
 ) -> Tensor:
     """Gradient of the metric by what each receiver of a layer reads: `[pair, receiver, position, d_model]`, q, k, v, mlp."""
     block = at(model, taps["layers"])[layer]

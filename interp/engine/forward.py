@@ -102,7 +102,9 @@ def walk(model: Any, run: Run) -> None:
                 edit_probabilities(run, layer, tap)
             elif "mlp_in" in kinds:
                 whole = tap.input
-                if run.tape is not None:  # attention or the stream may read the very same tensor: a gradient of the MLP's own
+                if (
+                    run.tape is not None
+                ):  # attention or the stream may read the very same tensor: a gradient of the MLP's own
                     whole = whole.view_as(whole)
                 x = run.visit(layer, "mlp_in", run.by_row(whole), raw=whole if whole.ndim == 3 else None)
                 if run.edges is not None:
@@ -130,7 +132,11 @@ def walk(model: Any, run: Run) -> None:
                     z = x
                 if x is before:
                     continue
-                x = x if before.ndim == len((whole[0] if isinstance(whole, tuple) else whole).shape) else x.flatten(0, 1)
+                x = (
+                    x
+                    if before.ndim == len((whole[0] if isinstance(whole, tuple) else whole).shape)
+                    else x.flatten(0, 1)
+                )
                 if side == "input":
                     tap.input = x
                 else:

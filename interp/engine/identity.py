@@ -47,10 +47,7 @@ def identify(
         "prompts": {
             "pairs": len(context.encoded.clean),
             "first": "".join(context.encoded.labels[0])[:60],
-            **{
-                part.name: text_digest(repr(getattr(context.encoded, part.name)))
-                for part in fields(context.encoded)
-            },
+            **{part.name: text_digest(repr(getattr(context.encoded, part.name))) for part in fields(context.encoded)},
         },
         "metric": {"name": metric_name(metric), "code": metric_digest(metric)},
         "direction": context.direction,
@@ -185,9 +182,7 @@ def _function_parts(function: FunctionType, seen: dict[int, Any]) -> Iterator[by
     for name in sorted(set(_globals_of(function.__code__))):
         item = function.__globals__.get(name)
         local = isinstance(item, FunctionType) and (item.__module__ or "").split(".")[0] == own
-        if local or isinstance(
-            item, bool | int | float | complex | str | bytes | list | tuple | dict | torch.Tensor
-        ):
+        if local or isinstance(item, bool | int | float | complex | str | bytes | list | tuple | dict | torch.Tensor):
             yield f"{name}=".encode()
             yield from _parts(item, seen)
 

@@ -165,7 +165,9 @@ def run_plan(
     resolved = plan.resolve(model, encoded)
     resolved = resolved if rewrite is None else rewrite(resolved)
     if max_tokens is not None and max_tokens < 1:
-        raise PlanError(f"max_tokens={max_tokens}: a forward pass holds at least one token; leave it out for the default")
+        raise PlanError(
+            f"max_tokens={max_tokens}: a forward pass holds at least one token; leave it out for the default"
+        )
     begun = read_identity(checkpoint)  # what was begun goes on with the same chunks
     schedule = choose_schedule(model, begun.get("schedule", schedule) if schedule == "auto" else schedule)
     check_metric(metric, encoded, model.vocab_size)

@@ -8,6 +8,7 @@
 The last two also skip the layers below a chunk's first patch. "auto" takes `prefix` where the family's cache is plain,
 else `growing`. Cells whose edits cannot reach the answer (causality) are known to equal the base run and are not run.
 """
+
 from __future__ import annotations
 
 import hashlib

@@ -109,9 +109,7 @@ def execute_gradients(
     return results
 
 
-def scores(
-    model: Any, taps: dict[str, Any], programs: list[dict[str, Any]], metric: Callable[..., Tensor]
-) -> Tensor:
+def scores(model: Any, taps: dict[str, Any], programs: list[dict[str, Any]], metric: Callable[..., Tensor]) -> Tensor:
     """The metric of every program behind one another `[scored, of all]`: all that need come back from a server."""
     return torch.cat([found["metric"].cpu() for found in execute(model, taps, programs, metric)])
 

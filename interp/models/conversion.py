@@ -120,8 +120,7 @@ def convert(row: Bundled, home: Path, progress: bool) -> None:
                         shutil.copyfileobj(piece, whole, 2**20)
         if (found := _sha256(source)) != row.sha256:
             raise ModelNotFoundError(
-                f"the weights of {row.name!r} in {parts[0].parent} have sha256 {found}, "
-                f"expected {row.sha256}; {again}"
+                f"the weights of {row.name!r} in {parts[0].parent} have sha256 {found}, expected {row.sha256}; {again}"
             )
         started = time.monotonic()
         if progress:

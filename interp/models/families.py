@@ -186,9 +186,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "gpt2",
         ("gpt2",),
-        _taps(
-            _fused("attn.c_attn"), _core("attn"), "attn.c_proj", "ln_2", _mlp("mlp.c_fc", "mlp.c_proj")
-        ),
+        _taps(_fused("attn.c_attn"), _core("attn"), "attn.c_proj", "ln_2", _mlp("mlp.c_fc", "mlp.c_proj")),
         embed="transformer.wte",
         layers="transformer.h",
         norm="transformer.ln_f",
@@ -396,7 +394,14 @@ FAMILIES: tuple[Family, ...] = (
             ),
         ),
     ),
-    replace(_LLAMA, name="cohere", model_types=("cohere", "cohere2"), block=_PARALLEL_LLAMA, norm2="input_layernorm", **_PARALLEL),
+    replace(
+        _LLAMA,
+        name="cohere",
+        model_types=("cohere", "cohere2"),
+        block=_PARALLEL_LLAMA,
+        norm2="input_layernorm",
+        **_PARALLEL,
+    ),
     replace(_LLAMA, name="mixtral", model_types=("mixtral",), **_MOE),
     replace(_LLAMA, name="qwen3_moe", model_types=("qwen3_moe", "olmoe"), **_MOE),
     replace(_LLAMA, name="gpt_oss", model_types=("gpt_oss",), sinks=True, **_MOE),

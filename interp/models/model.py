@@ -305,6 +305,7 @@ def make_taps(hf: Any, family: Family) -> dict[str, Any]:
         n_layers = len(at(hf, family.layers))
         for path in filter(None, (family.embed, family.norm, family.head)):
             at(hf, path)
+        d_vocab = int(at(hf, family.embed).weight.shape[0])
         for path in filter(None, (*family.qkv, family.o, family.mlp, family.down, family.norm1, family.norm2)):
             at(block, path)
     except (AttributeError, IndexError) as error:
@@ -331,7 +332,7 @@ def make_taps(hf: Any, family: Family) -> dict[str, Any]:
         d_model=int(d_model),
         d_head=int(width) // n_heads,
         d_mlp=int(matrix(at(block, family.down)).shape[1]) if family.down else None,
-        d_vocab=int(at(hf, family.embed).weight.shape[0]),
+        d_vocab=d_vocab,
         attention=getattr(config, "_attn_implementation", None),
     )
     return taps

@@ -77,9 +77,7 @@ def plot_attention(
     if heads is not None:
         weights, labels = _choose(weights, heads, layered)
     if weights.size > MAX_WEIGHTS:
-        raise PlotError(
-            f"{weights.size:,} weights are too many for one page: choose some with heads= or fewer layers"
-        )
+        raise PlotError(f"{weights.size:,} weights are too many for one page: choose some with heads= or fewer layers")
     n = len(tokens)
     if not np.nan_to_num(weights[:, :, *np.triu_indices(n, 1)]).any():
         weights[:, :, *np.triu_indices(n, 1)] = np.nan
@@ -90,19 +88,12 @@ def plot_attention(
     if weights.shape[0] == 1 and len(labels) <= SIDE_BY_SIDE:
         cell = int(np.clip(1100 / len(labels) / n - 8, 12, 30))
         across = max(1, min(len(labels), 1240 // (cell * n + 110)))
-        panels = [
-            _panel(w, label, names, full, mapper, cell)[0]
-            for w, label in zip(weights[0], labels, strict=True)
-        ]
+        panels = [_panel(w, label, names, full, mapper, cell)[0] for w, label in zip(weights[0], labels, strict=True)]
         rows = [row(*panels[i : i + across], spacing=22) for i in range(0, len(panels), across)]
         layout = column(scale, *rows, spacing=14)
     else:
-        layout = column(
-            scale, _explorer(weights, labels, names, full, mapper, layered and heads is None), spacing=14
-        )
-    return Figure(
-        layout, title or "Attention patterns", "queries down, keys across; each row is what one query reads"
-    )
+        layout = column(scale, _explorer(weights, labels, names, full, mapper, layered and heads is None), spacing=14)
+    return Figure(layout, title or "Attention patterns", "queries down, keys across; each row is what one query reads")
 
 
 def _weights(pattern: Any, n: int) -> tuple[np.ndarray, bool]:
@@ -111,18 +102,12 @@ def _weights(pattern: Any, n: int) -> tuple[np.ndarray, bool]:
         pattern = pattern.detach().float().cpu().numpy()  # numpy has no bf16
     weights = np.array(pattern, dtype=np.float32)
     if weights.ndim not in (3, 4) or 0 in weights.shape:
-        raise PlotError(
-            f"a pattern is [head, query, key] or [layer, head, query, key], not of shape {weights.shape}"
-        )
+        raise PlotError(f"a pattern is [head, query, key] or [layer, head, query, key], not of shape {weights.shape}")
     if weights.shape[-2:] != (n, n):
-        raise PlotError(
-            f"pattern {weights.shape} has {weights.shape[-2:]} queries and keys, but there are {n} tokens"
-        )
+        raise PlotError(f"pattern {weights.shape} has {weights.shape[-2:]} queries and keys, but there are {n} tokens")
     low, high = np.nanmin(weights, initial=0), np.nanmax(weights, initial=0)
     if low < -1e-3 or high > 1 + 1e-3:
-        raise PlotError(
-            f"weights lie between {low:.3g} and {high:.3g}, not 0 and 1: are these scores before softmax?"
-        )
+        raise PlotError(f"weights lie between {low:.3g} and {high:.3g}, not 0 and 1: are these scores before softmax?")
     return weights.reshape(-1, *weights.shape[-3:]), weights.ndim == 4
 
 
@@ -132,17 +117,13 @@ def _choose(weights: np.ndarray, heads: Sequence[Any], layered: bool) -> tuple[n
         raise PlotError("heads is empty: name at least one, or leave it out for all")
     pairs = [h for h in heads if isinstance(h, tuple | list)]
     if pairs and (len(pairs) < len(heads) or not layered or any(len(p) != 2 for p in pairs)):
-        raise PlotError(
-            f"heads={list(heads)}: give indices, or (layer, head) for a pattern [layer, head, query, key]"
-        )
+        raise PlotError(f"heads={list(heads)}: give indices, or (layer, head) for a pattern [layer, head, query, key]")
     for h in heads:
         layer, head = h if pairs else (0, h)
         if not (0 <= layer < layers and 0 <= head < count):
             raise PlotError(f"head {h} is out of range: the pattern has {layers} layers of {count} heads")
     if pairs:
-        return np.stack([weights[layer, head] for layer, head in pairs])[None], [
-            f"L{a}.H{b}" for a, b in pairs
-        ]
+        return np.stack([weights[layer, head] for layer, head in pairs])[None], [f"L{a}.H{b}" for a, b in pairs]
     return weights[:, list(heads)], [f"head {h}" for h in heads]
 
 
@@ -163,9 +144,7 @@ def _panel(
         "key", "query", 1, 1, source=source, fill_color=color, line_color="#f0f0f0" if cell >= 12 else None,
         hover_fill_color=color, hover_line_color=INK,
     )  # fmt: skip
-    plot.add_tools(
-        HoverTool(renderers=[cells], tooltips=tooltip("@reads", [("weight", "<b>@weight{0.000}</b>")]))
-    )
+    plot.add_tools(HoverTool(renderers=[cells], tooltips=tooltip("@reads", [("weight", "<b>@weight{0.000}</b>")])))
     label_cells(plot, names, names, cell, cell)
     plot.update(outline_line_color=None)
     plot.yaxis.axis_label, plot.xaxis.axis_label = "query", "key"

@@ -126,9 +126,7 @@ def position_labels(effects: Effects) -> tuple[list[str], list[str]]:
 
 def _view(effects: Effects, components: str | Sequence[str] | None, normalized: bool | None) -> _View:
     if normalized and effects.source is None:
-        raise PlotError(
-            "these effects have no source run, so they cannot be normalised: use normalized=False"
-        )
+        raise PlotError("these effects have no source run, so they cannot be normalised: use normalized=False")
     normalized = effects.source is not None if normalized is None else normalized
     values = effects.values
     shown = effects.normalized if normalized else (values - effects.base).transpose(*values.dims)

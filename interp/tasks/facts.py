@@ -60,9 +60,7 @@ def facts(tokenizer: Any, n: int = 32, seed: int = 0, *, relation: str = "capita
     partners = {fact: iter(rng.sample(known, len(known))) for fact in known}
     rows: list[Row] = []
     while len(rows) < n:
-        turn = [
-            next((row for other in partners[fact] if (row := against(fact, other))), None) for fact in known
-        ]
+        turn = [next((row for other in partners[fact] if (row := against(fact, other))), None) for fact in known]
         if not any(turn):
             raise too_few("facts", len(rows), n)
         rows += [row for row in turn if row]
