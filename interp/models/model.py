@@ -163,7 +163,7 @@ class Model:
             if layer is None:
                 raise SiteError(f"site {site} needs a layer; this model has layers 0 to {self.n_layers - 1}")
             if not -self.n_layers <= layer < self.n_layers:
-                hint = f", did you mean L{layer // 10}?" if 10 <= layer and layer // 10 < self.n_layers else ""
+                hint = f", did you mean L{layer // 10}?" if layer >= 10 and layer // 10 < self.n_layers else ""
                 raise SiteError(
                     f"site {site}: layer {layer}, but {self.name} has layers 0 to {self.n_layers - 1}{hint}"
                 )
