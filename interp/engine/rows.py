@@ -284,7 +284,8 @@ def edge_row(cell: Cell, number: int, pair: int, start: int, length: int, taps: 
         return Row(pair, number, min(stages), first, tuple(entries), tuple(changed))
     if not held and not sent:
         return Row(pair, number, plain.stage, plain.first, plain.entries)
-    frozen = (*dict.fromkeys(held), *tuple((layer, TABLE_KINDS.index("z"), REPLACE, -1, -1, -1, -1, -1, BASE) for layer in range(lowest + 1, taps["n_layers"])))
+    still = (TABLE_KINDS.index("z"), REPLACE, -1, -1, -1, -1, -1, BASE)  # all heads as in the base run
+    frozen = (*dict.fromkeys(held), *((layer, *still) for layer in range(lowest + 1, taps["n_layers"])))
     helper = Row(pair, -1, max(0, lowest), first, frozen, tuple(sent.values()))
     if all(edge.receiver == Site("logits") for edge in cell.edges):
         return Row(pair, number, helper.stage, first, (*plain.entries, *frozen), helper.edges)
