@@ -1,0 +1,233 @@
+"""The circuit of indirect object identification: found in four ways, evaluated, drawn.
+
+    python recipes/ioi_circuit.py                          # the bundled model, 32 pairs
+    python recipes/ioi_circuit.py --model gpt2 --n 64 --steps 10 --device cuda
+
+"Then, Mary and John went to the shop. John gave a ring to" -> " Mary"; in the corrupted prompt the last name is Mary, so
+that John is right. Four rankings are found, and circuits of their best edges are run with all else corrupted:
+
+    EAP           edge attribution patching: Δ · gradient at the clean run
+    EAP-IG        gradients averaged over `--steps` inputs between clean and corrupted
+    exact nodes   every head and MLP patched by itself; a circuit has all edges between the nodes that it keeps
+    random        edges in a random order: the floor
+
+Written to `--out`: curves.csv, summary.md, the circuit as JSON, and pages (.html, .png where Chromium is installed) of the
+faithfulness curves, of the smallest EAP-IG circuit that reaches `--target` as a graph with the heads' attention patterns,
+and of its strongest edges as a matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import interp
+from interp.circuits import Evaluation
+from interp.plots import plot_circuit_matrix, plot_faithfulness
+
+FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass
+class Study:
+    """What was found, and what it cost."""
+
+    model: interp.Model
+    out: Path
+    circuits: dict[str, interp.Circuit] = field(default_factory=dict)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    gigabytes: dict[str, float] = field(default_factory=dict)
+
+    def timed(self, name: str, what: str, call: Any) -> Any:
+        """The result of a call, its time, and the process's peak memory behind it."""
+        print(f"{name}: {what} …", flush=True)
+        start = time.perf_counter()
+        result = call()
+        self.seconds[f"{name}: {what}"] = time.perf_counter() - start
+        self.gigabytes[f"{name}: {what}"] = peak_memory()
+        return result
+
+    def keep(self, name: str, figure: Any) -> None:
+        """Write a page and, if there is a browser, a picture."""
+        figure.save(self.out / f"{name}.html")
+        try:
+            figure.save(self.out / f"{name}.png")
+        except interp.errors.PlotError as error:
+            print(f"{name}: no picture beside the page: {error}")
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held so far, GB; NaN where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def discover_all(study: Study, pairs: interp.PromptPairs, steps: int, seed: int) -> None:
+    """Four rankings of the model's edges or nodes."""
+    model = study.model
+
+    def shuffled() -> interp.Circuit:
+        names = list(study.circuits["EAP"].scores())
+        generator = random.Random(seed)
+        return interp.Circuit.from_edges({name: generator.random() for name in names}, model)
+
+    for name, find in {
+        "EAP": lambda: interp.discover(model, pairs, "eap"),
+        "EAP-IG": lambda: interp.discover(model, pairs, "eap-ig", steps=steps),
+        "exact nodes": lambda: interp.discover(model, pairs, "exact", level="node"),
+        "random": shuffled,
+    }.items():
+        study.circuits[name] = study.timed(name, "discover", find)
+
+
+def smallest(
+    study: Study, pairs: interp.PromptPairs, name: str, target: float
+) -> tuple[interp.Circuit, Evaluation, bool]:
+    """The smallest circuit of a ranking that was seen to reach a faithfulness, else the best one of at most 2 %.
+
+    Sizes between the last row of the curve below the target and the first one above it are tried as well.
+    """
+    curve, ranking = study.evaluations[name].curve, study.circuits[name]
+    enough = np.flatnonzero(curve["faithfulness"].to_numpy() >= target)
+    reached = len(enough) > 0 and curve["fraction"][enough[0]] <= 0.02
+    if reached and enough[0] > 0:
+        low, high = curve["fraction"][enough[0] - 1], curve["fraction"][enough[0]]
+        between = np.geomspace(low, high, 10)[1:-1]
+        finer = study.timed(
+            name,
+            "sizes in between",
+            lambda: interp.evaluate_circuit(study.model, pairs, ranking, fractions=tuple(between), progress=False),
+        ).curve
+        curve = pd.concat([curve, finer]).sort_values("fraction", ignore_index=True)
+        enough = np.flatnonzero(curve["faithfulness"].to_numpy() >= target)
+    small = curve[curve["fraction"] <= 0.0201]
+    row = curve.loc[enough[0]] if reached else small.loc[small["faithfulness"].idxmax()]
+    circuit = ranking.top(n_edges=int(row["n_edges"]), connected=True)
+    return circuit, interp.evaluate_circuit(study.model, pairs, circuit, progress=False), reached
+
+
+def attention_patterns(model: interp.Model, prompt: str, circuit: interp.Circuit) -> dict[str, Any]:
+    """The attention weights of the circuit's heads on one prompt, and its tokens: arguments of the graph's page."""
+    encoded = model.encode(interp.PromptPairs([prompt]))
+    before = model.hf.config._attn_implementation
+    model.hf.set_attn_implementation("eager")  # the only one that returns its weights
+    try:
+        with torch.no_grad():
+            ids = torch.tensor([encoded.clean[0]], device=model.device)
+            weights = model.hf(ids, output_attentions=True).attentions
+    finally:
+        model.hf.set_attn_implementation(before)
+    patterns = {(layer, head): weights[layer][0, head].float().cpu().numpy() for layer, head in circuit}
+    return {"patterns": patterns, "tokens": encoded.labels[0]}
+
+
+def write(study: Study, lines: list[str]) -> str:
+    """curves.csv and summary.md; the summary as text."""
+    curves = [each.curve.assign(method=name, cpr=each.cpr, cmd=each.cmd) for name, each in study.evaluations.items()]
+    pd.concat(curves).to_csv(study.out / "curves.csv", index=False)
+    heads = ["method", "CPR", "CMD", *(f"{100 * fraction:g} %" for fraction in FRACTIONS)]
+    lines += ["## Faithfulness by size", "", f"| {' | '.join(heads)} |", "| - |" + " -: |" * (len(heads) - 1)]
+    for name, each in study.evaluations.items():
+        values = [each.cpr, each.cmd, *each.curve["faithfulness"]]
+        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+    nodes = study.evaluations["exact nodes"].curve
+    lines += [
+        "",
+        f"Sizes are fractions of {study.circuits['EAP'].n_edges:,} edges, for exact nodes of "
+        f"{study.circuits['exact nodes'].n_nodes} heads and MLPs: their circuits have "
+        f"{', '.join(f'{n:,}' for n in nodes['n_edges'])} edges. CPR: area under faithfulness; CMD: area under its distance "
+        "from 1.",
+        "",
+        "## Cost",
+        "",
+        "| step | seconds | peak memory so far, GB |",
+        "| - | -: | -: |",
+    ]
+    lines += [f"| {name} | {s:.1f} | {study.gigabytes[name]:.2f} |" for name, s in study.seconds.items()]
+    text = "\n".join([*lines, ""])
+    (study.out / "summary.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Run the study; the folder that holds its results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="hub id, local folder or bundled name")
+    parser.add_argument("--n", type=int, default=32, help="pairs of prompts (default 32)")
+    parser.add_argument("--steps", type=int, default=5, help="interpolation points of EAP-IG (default 5)")
+    parser.add_argument("--target", type=float, default=0.85, help="faithfulness that a circuit should reach")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16, …; fp32 on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("artifacts/ioi_circuit"))
+    options = parser.parse_args(arguments)
+
+    interp.set_seed(options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    study = Study(interp.load_model(options.model, device=options.device, dtype=options.dtype), options.out)
+    model, threads = study.model, torch.get_num_threads()
+    print(model)
+    one_kind = {"template": 0, "order": "ABBA"}
+    pairs = interp.tasks.ioi(model.tokenizer, n=options.n, seed=options.seed, **one_kind)
+    others = interp.tasks.ioi(model.tokenizer, n=options.n, seed=options.seed + 1, **one_kind)
+    discover_all(study, pairs, options.steps, options.seed)
+    for name, circuit in study.circuits.items():
+        study.evaluations[name] = study.timed(
+            name,
+            "evaluate",
+            lambda circuit=circuit: interp.evaluate_circuit(model, pairs, circuit, fractions=FRACTIONS),
+        )
+    first = study.evaluations["EAP"]
+    study.keep("curves", plot_faithfulness(study.evaluations, title=f"Indirect objects: faithfulness · {model.name}"))
+
+    circuit, found, reached = smallest(study, pairs, "EAP-IG", options.target)
+    fresh = interp.evaluate_circuit(model, others, circuit, completeness=True, minimality=5, progress=False)
+    circuit.to_json(options.out / "circuit.json")
+    share = 100 * circuit.n_edges / study.circuits["EAP"].n_edges
+    asked, kept = circuit.meta["selection"][-1]["n_edges"], circuit.n_edges
+    beside = attention_patterns(model, pairs.clean[0], circuit)
+    title = f"Indirect objects: {kept} edges that EAP-IG found · {model.name}"
+    study.keep("circuit", interp.plot_circuit_graph(circuit, title=title, **beside))
+    strongest = circuit.top(n_edges=min(150, kept))
+    study.keep(
+        "matrix", plot_circuit_matrix(strongest, title=f"The {strongest.n_edges} strongest edges · {model.name}")
+    )
+    value = found.curve["faithfulness"].iloc[-1]
+    lines = [
+        f"# Indirect objects · {model.name}",
+        "",
+        f"{model!r}, {threads} threads",
+        f"{len(pairs)} pairs; logit difference: {first.full:.2f} clean, {first.empty:.2f} corrupted.",
+        "",
+        f"**EAP-IG ({options.steps} steps): the best {asked:,} edges, of which {kept:,} lie on a path from the embedding to "
+        f"the logits ({share:.2f} % of all), have faithfulness {value:.3f}** "
+        + (
+            f"(target {options.target:g}: reached)." if reached else f"(target {options.target:g}: not reached by 2 %)."
+        ),
+        f"On {len(others)} other pairs: {fresh.curve['faithfulness'].iloc[-1]:.3f}; completeness {fresh.completeness:.2f}.",
+        "",
+        "Strongest edges (mean change of the logit difference when corrupted, estimated), and the drop of faithfulness on "
+        "the other pairs when that edge alone leaves the circuit:",
+        "",
+    ]
+    drops = dict(zip(fresh.minimality["part"], fresh.minimality["drop"], strict=True))
+    for edge, score in circuit.ranking()[:5]:
+        lines.append(f"- {edge[0]} -> {edge[1]}: {score:+.2f}, drop {drops[' -> '.join(edge)]:+.2f}")
+    print(write(study, [*lines, ""]))
+    return options.out
+
+
+if __name__ == "__main__":
+    print(f"results in {main()}")
