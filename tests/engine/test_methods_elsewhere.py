@@ -1,4 +1,7 @@
-"""Every method gives the same numbers in a worker process that has no `interp` as it gives here."""
+"""Patches, paths, attributions and circuits: the same numbers in a worker process that has no `interp` as here.
+
+The other methods are in tests/test_methods_simulated.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import xarray as xr
 
 import interp
 from tests.oracle.configs import tiny
@@ -25,15 +27,10 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "patch heads": lambda m: interp.patch(m, PAIRS, interp.heads(["z", "pattern"])),
     "path_patch": lambda m: interp.path_patch(m, PAIRS, ["embed", "L0.H1"], ["L1.H0.q", "L2.mlp", "logits"]),
     "path_patch through MLPs": lambda m: interp.path_patch(m, PAIRS, ["L0.H1"], ["L2.H0.q"], through_mlps=True),
-    "ablate": lambda m: interp.ablate(m, PAIRS, interp.heads("z"), mode="mean"),
-    "causal_trace": lambda m: interp.causal_trace(m, PAIRS, samples=2, window=1, metric=interp.log_prob),
     "atp": lambda m: interp.attribute(m, PAIRS, GRID),
     "atp*": lambda m: interp.attribute(m, PAIRS, interp.heads(["q", "k"]), method="atp*"),
     "ig": lambda m: interp.attribute(m, PAIRS, GRID, method="ig", steps=2),
     "ig-activations": lambda m: interp.attribute(m, PAIRS, GRID, method="ig-activations", steps=2),
-    "logit_lens": lambda m: interp.logit_lens(m, PAIRS),
-    "direct_effects": lambda m: interp.direct_effects(m, PAIRS),
-    "collect": lambda m: interp.collect_activations(m, list(PAIRS.clean), layer=1, component="mlp_out"),
     "eap-ig": lambda m: interp.discover(m, PAIRS, "eap-ig", steps=2),
     "run_circuit": lambda m: interp.run_circuit(m, PAIRS, interp.discover(m, PAIRS, "eap").top(n_edges=40), "mean"),
     "pruning": lambda m: interp.iterative_pruning(m, pairs=PAIRS, threshold=0.1),
@@ -46,8 +43,6 @@ def numbers(found: Any) -> np.ndarray:
         return np.concatenate([found.values.values.ravel(), found.clean.values.ravel()])
     if isinstance(found, interp.Circuit):
         return np.array([score for _, score in sorted(found.scores().items(), key=lambda item: str(item[0]))])
-    if isinstance(found, xr.Dataset):
-        return np.concatenate([part.values.ravel() for part in found.values() if part.dtype.kind == "f"])
     return np.asarray(found, dtype=float).ravel()
 
 
