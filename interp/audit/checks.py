@@ -118,7 +118,8 @@ def check_reads(model: Model, prompt: Sequence[int]) -> Iterator[Finding]:
         else:
             yield compare("resid_post", "read", layer, logits_of(model, post[:, -1:])[:, 0], plain.logits[:, -1])
         total = pre + here["attn_out"] + here["mlp_out"]
-        yield compare("mlp_out", "read", layer, total, post)
+        for kind in ("mlp_out",) if "resid_mid" in here else ("attn_out", "mlp_out"):
+            yield compare(kind, "read", layer, total, post)
         if "resid_mid" in here:
             yield compare("attn_out", "read", layer, pre + here["attn_out"], here["resid_mid"])
             yield compare("resid_mid", "read", layer, here["resid_mid"] + here["mlp_out"], post)
