@@ -118,9 +118,7 @@ class Sweeps:
         self.model, self.hooked = models
         self.pairs = pairs
         encoded = self.model.encode(pairs)
-        assert (
-            encoded.corrupted is not None and encoded.answers is not None and encoded.distractors is not None
-        )
+        assert encoded.corrupted is not None and encoded.answers is not None and encoded.distractors is not None
         self.ids = {
             "clean": torch.tensor(encoded.clean[:1]),
             "corrupted": torch.tensor(encoded.corrupted[:1]),
@@ -141,11 +139,9 @@ class Sweeps:
         effects = interp.patch(self.model, self.pairs, plan, direction=direction)
         return effects.values.isel(component=0, pair=0).values
 
-    def compare(
-        self, kind: str, plan: interp.Plan, sweep: Callable[..., Tensor], direction: str, by: str
-    ) -> None:
+    def compare(self, kind: str, plan: interp.Plan, sweep: Callable[..., Tensor], direction: str, by: str) -> None:
         ours, theirs = self.ours(plan, direction), self.theirs(sweep, direction)
-        if by == "head and position":
+        if by == "head and position" and kind != "pattern":
             theirs = theirs.swapaxes(1, 2)  # [layer, position, head] -> [layer, head, position]
         assert ours.shape == theirs.shape
         assert np.ptp(theirs) > 0.05
@@ -154,9 +150,7 @@ class Sweeps:
         assert error <= self.allowed
 
 
-GPT2_PAIRS = PromptPairs(
-    [[11, 205, 1700, 42, 950, 333, 8, 77]], [[11, 205, 64, 42, 950, 1999, 8, 77]], [17], [1234]
-)
+GPT2_PAIRS = PromptPairs([[11, 205, 1700, 42, 950, 333, 8, 77]], [[11, 205, 64, 42, 950, 1999, 8, 77]], [17], [1234])
 IOI_PAIRS = PromptPairs(
     ["When Mary and John went to the store, John gave a drink to"],
     ["When Mary and John went to the store, Mary gave a drink to"],
@@ -165,18 +159,18 @@ IOI_PAIRS = PromptPairs(
 )
 
 
-def most_slow(kinds: Iterable[str], quick: str) -> list[Any]:
+def most_slow(kinds: Iterable[str], quick: tuple[str, str]) -> list[Any]:
     """Every kind in both directions; only one of them runs outside the slow tests."""
-    marks = {kind: () if kind == quick else pytest.mark.slow for kind in kinds}
-    return [pytest.param(kind, to, marks=marks[kind]) for kind in kinds for to in ("noising", "denoising")]
+    cases = [(kind, direction) for kind in kinds for direction in ("noising", "denoising")]
+    return [pytest.param(*case, marks=() if case == quick else pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.parametrize(("kind", "direction"), most_slow(BY_POSITION, "attn_out"))
+@pytest.mark.parametrize(("kind", "direction"), most_slow(BY_POSITION, ("attn_out", "denoising")))
 def test_gpt2_by_position(gpt2: tuple[Model, Hooked], kind: str, direction: str) -> None:
     Sweeps(gpt2, GPT2_PAIRS).compare(kind, interp.grid(kind), BY_POSITION[kind], direction, "position")
 
 
-@pytest.mark.parametrize(("kind", "direction"), most_slow(ALL_POSITIONS, "z"))
+@pytest.mark.parametrize(("kind", "direction"), most_slow(ALL_POSITIONS, ("z", "noising")))
 def test_gpt2_by_head(gpt2: tuple[Model, Hooked], kind: str, direction: str) -> None:
     Sweeps(gpt2, GPT2_PAIRS).compare(kind, interp.heads(kind), ALL_POSITIONS[kind], direction, "head")
 
@@ -205,12 +199,8 @@ def test_real_model_on_some_layers(smollm: tuple[Model, Hooked]) -> None:
     last = len(sweeps.ids["clean"][0]) - 1
     setter = patching.layer_pos_patch_setter
     for kind in ("resid_pre", "attn_out", "mlp_out"):
-        cells = pd.DataFrame(
-            [(layer, at) for layer in (0, 14, 29) for at in (11, last)], columns=["layer", "pos"]
-        )
-        sweep = partial(
-            patching.generic_activation_patch, patch_setter=setter, activation_name=kind, index_df=cells
-        )
+        cells = pd.DataFrame([(layer, at) for layer in (0, 14, 29) for at in (11, last)], columns=["layer", "pos"])
+        sweep = partial(patching.generic_activation_patch, patch_setter=setter, activation_name=kind, index_df=cells)
 
         def theirs(*args: Any, sweep: Callable[..., Tensor] = sweep) -> Tensor:
             return sweep(*args).view(3, 2)
