@@ -11,9 +11,9 @@ that John is right. Four rankings are found, and circuits of their best edges ar
     exact nodes   every head and MLP patched by itself; a circuit has all edges between the nodes that it keeps
     random        edges in a random order: the floor
 
-Written to `--out`: curves.csv, summary.md, the circuit as JSON, and pages (.html, .png where Chromium is installed) of the
-faithfulness curves, of the smallest EAP-IG circuit that reaches `--target` as a graph with the heads' attention patterns,
-and of its strongest edges as a matrix.
+Written to `--out`: curves.csv, sizes.csv, summary.md, the circuit as JSON, and pages (.html, and .png where Chromium is
+installed) of the faithfulness curves, of the smallest EAP-IG circuit that reaches `--target` as a graph with the heads'
+attention patterns, and of its strongest edges as a matrix.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ import pandas as pd
 import torch
 
 import interp
-from interp.circuits import Evaluation
-from interp.plots import plot_circuit_matrix, plot_faithfulness
+import interp.plots
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+SMALL = 0.02  # of all edges: what counts as a small circuit
 
 
 @dataclass
@@ -43,17 +43,16 @@ class Study:
     model: interp.Model
     out: Path
     circuits: dict[str, interp.Circuit] = field(default_factory=dict)
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    gigabytes: dict[str, float] = field(default_factory=dict)
+    evaluations: dict[str, Any] = field(default_factory=dict)
+    costs: list[tuple[str, float, float, float]] = field(default_factory=list)  # step, seconds, CPU seconds, GB
 
     def timed(self, name: str, what: str, call: Any) -> Any:
-        """The result of a call, its time, and the process's peak memory behind it."""
+        """The result of a call; its time, that of all cores together, and the process's peak memory so far are kept."""
         print(f"{name}: {what} …", flush=True)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         result = call()
-        self.seconds[f"{name}: {what}"] = time.perf_counter() - start
-        self.gigabytes[f"{name}: {what}"] = peak_memory()
+        spent = time.perf_counter() - start, time.process_time() - cpu
+        self.costs.append((f"{name}: {what}", *spent, peak_memory()))
         return result
 
     def keep(self, name: str, figure: Any) -> None:
@@ -92,30 +91,23 @@ def discover_all(study: Study, pairs: interp.PromptPairs, steps: int, seed: int)
         study.circuits[name] = study.timed(name, "discover", find)
 
 
-def smallest(
-    study: Study, pairs: interp.PromptPairs, name: str, target: float
-) -> tuple[interp.Circuit, Evaluation, bool]:
-    """The smallest circuit of a ranking that was seen to reach a faithfulness, else the best one of at most 2 %.
+def by_size(study: Study, pairs: interp.PromptPairs, name: str, target: float) -> pd.DataFrame:
+    """Circuits of a ranking, smallest first: the `top` edges asked for, how many of them lie on a path, faithfulness.
 
-    Sizes between the last row of the curve below the target and the first one above it are tried as well.
+    To the sizes of the curve come ten between the last one below the target and the first one that reaches it.
     """
     curve, ranking = study.evaluations[name].curve, study.circuits[name]
-    enough = np.flatnonzero(curve["faithfulness"].to_numpy() >= target)
-    reached = len(enough) > 0 and curve["fraction"][enough[0]] <= 0.02
-    if reached and enough[0] > 0:
-        low, high = curve["fraction"][enough[0] - 1], curve["fraction"][enough[0]]
-        between = np.geomspace(low, high, 10)[1:-1]
-        finer = study.timed(
-            name,
-            "sizes in between",
-            lambda: interp.evaluate_circuit(study.model, pairs, ranking, fractions=tuple(between), progress=False),
-        ).curve
-        curve = pd.concat([curve, finer]).sort_values("fraction", ignore_index=True)
-        enough = np.flatnonzero(curve["faithfulness"].to_numpy() >= target)
-    small = curve[curve["fraction"] <= 0.0201]
-    row = curve.loc[enough[0]] if reached else small.loc[small["faithfulness"].idxmax()]
-    circuit = ranking.top(n_edges=int(row["n_edges"]), connected=True)
-    return circuit, interp.evaluate_circuit(study.model, pairs, circuit, progress=False), reached
+    first = int(np.flatnonzero(curve["faithfulness"].to_numpy() >= target)[0])  # the whole model reaches 1
+    if first > 0:
+        between = tuple(np.geomspace(curve["fraction"][first - 1], curve["fraction"][first], 12)[1:-1])
+
+        def finer() -> Any:
+            return interp.evaluate_circuit(study.model, pairs, ranking, fractions=between)
+
+        curve = pd.concat([curve, study.timed(name, "sizes in between", finer).curve])
+    curve = curve.sort_values("n_edges").drop_duplicates("n_edges").rename(columns={"n_edges": "top"})
+    counts = [ranking.top(n_edges=int(size), connected=True).n_edges for size in curve["top"]]
+    return curve.assign(on_a_path=counts).reset_index(drop=True)
 
 
 def attention_patterns(model: interp.Model, prompt: str, circuit: interp.Circuit) -> dict[str, Any]:
@@ -152,10 +144,10 @@ def write(study: Study, lines: list[str]) -> str:
         "",
         "## Cost",
         "",
-        "| step | seconds | peak memory so far, GB |",
-        "| - | -: | -: |",
+        "| step | seconds | of all cores together | peak memory so far, GB |",
+        "| - | -: | -: | -: |",
     ]
-    lines += [f"| {name} | {s:.1f} | {study.gigabytes[name]:.2f} |" for name, s in study.seconds.items()]
+    lines += [f"| {name} | {wall:.1f} | {cpu:.1f} | {held:.2f} |" for name, wall, cpu, held in study.costs]
     text = "\n".join([*lines, ""])
     (study.out / "summary.md").write_text(text, encoding="utf-8")
     return text
@@ -190,41 +182,53 @@ def main(arguments: list[str] | None = None) -> Path:
             lambda circuit=circuit: interp.evaluate_circuit(model, pairs, circuit, fractions=FRACTIONS),
         )
     first = study.evaluations["EAP"]
-    study.keep("curves", plot_faithfulness(study.evaluations, title=f"Indirect objects: faithfulness · {model.name}"))
+    study.keep(
+        "curves",
+        interp.plots.plot_faithfulness(study.evaluations, title=f"Indirect objects: faithfulness · {model.name}"),
+    )
 
-    circuit, found, reached = smallest(study, pairs, "EAP-IG", options.target)
+    ranking, total = study.circuits["EAP-IG"], study.circuits["EAP"].n_edges
+    sizes = by_size(study, pairs, "EAP-IG", options.target)
+    sizes.to_csv(options.out / "sizes.csv", index=False)
+    reaching = sizes[(sizes["faithfulness"] >= options.target) & (sizes["on_a_path"] > 0)].iloc[0]
+    small = sizes[sizes["on_a_path"] <= SMALL * total]
+    best = small.loc[small["faithfulness"].idxmax()]
+    circuit = ranking.top(n_edges=int(reaching["top"]), connected=True)
     fresh = interp.evaluate_circuit(model, others, circuit, completeness=True, minimality=5, progress=False)
     circuit.to_json(options.out / "circuit.json")
-    share = 100 * circuit.n_edges / study.circuits["EAP"].n_edges
-    asked, kept = circuit.meta["selection"][-1]["n_edges"], circuit.n_edges
+    title = f"Indirect objects: {circuit.n_edges} edges that EAP-IG found · {model.name}"
     beside = attention_patterns(model, pairs.clean[0], circuit)
-    title = f"Indirect objects: {kept} edges that EAP-IG found · {model.name}"
     study.keep("circuit", interp.plot_circuit_graph(circuit, title=title, **beside))
-    strongest = circuit.top(n_edges=min(150, kept))
-    study.keep(
-        "matrix", plot_circuit_matrix(strongest, title=f"The {strongest.n_edges} strongest edges · {model.name}")
-    )
-    value = found.curve["faithfulness"].iloc[-1]
+    strongest = circuit.top(n_edges=min(150, circuit.n_edges))
+    title = f"The {strongest.n_edges} strongest edges · {model.name}"
+    study.keep("matrix", interp.plots.plot_circuit_matrix(strongest, title=title))
+
+    def said(row: pd.Series) -> str:
+        share = 100 * row["on_a_path"] / total
+        return (
+            f"{int(row['on_a_path']):,} edges ({share:.2f} % of all; those of the best {int(row['top']):,} that lie on a "
+            f"path from the embedding to the logits), faithfulness {row['faithfulness']:.3f} "
+            f"({row['low']:.3f} to {row['high']:.3f})"
+        )
+
     lines = [
         f"# Indirect objects · {model.name}",
         "",
-        f"{model!r}, {threads} threads",
-        f"{len(pairs)} pairs; logit difference: {first.full:.2f} clean, {first.empty:.2f} corrupted.",
+        f"{model!r}, {threads} threads. {len(pairs)} pairs; logit difference {first.full:.2f} clean, {first.empty:.2f} "
+        "corrupted.",
         "",
-        f"**EAP-IG ({options.steps} steps): the best {asked:,} edges, of which {kept:,} lie on a path from the embedding to "
-        f"the logits ({share:.2f} % of all), have faithfulness {value:.3f}** "
-        + (
-            f"(target {options.target:g}: reached)." if reached else f"(target {options.target:g}: not reached by 2 %)."
-        ),
-        f"On {len(others)} other pairs: {fresh.curve['faithfulness'].iloc[-1]:.3f}; completeness {fresh.completeness:.2f}.",
+        f"- EAP-IG ({options.steps} steps), smallest circuit seen to reach {options.target:g}: {said(reaching)}",
+        f"- best of at most {100 * SMALL:g} % of the edges: {said(best)}",
+        f"- the first of these on {len(others)} other pairs: {fresh.curve['faithfulness'].iloc[-1]:.3f}; completeness "
+        f"there {fresh.completeness:.2f}",
         "",
-        "Strongest edges (mean change of the logit difference when corrupted, estimated), and the drop of faithfulness on "
-        "the other pairs when that edge alone leaves the circuit:",
+        "Strongest edges: the mean change of the logit difference when that edge is corrupted, as estimated; and the drop "
+        "of faithfulness on the other pairs when that edge alone leaves the circuit.",
         "",
     ]
     drops = dict(zip(fresh.minimality["part"], fresh.minimality["drop"], strict=True))
     for edge, score in circuit.ranking()[:5]:
-        lines.append(f"- {edge[0]} -> {edge[1]}: {score:+.2f}, drop {drops[' -> '.join(edge)]:+.2f}")
+        lines.append(f"- {edge[0]} -> {edge[1]}: {score:+.2f}, drop {drops[' -> '.join(edge)]:+.3f}")
     print(write(study, [*lines, ""]))
     return options.out
 

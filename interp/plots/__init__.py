@@ -2,6 +2,7 @@
 
 from .attention import plot_attention
 from .circuit import plot_circuit_graph, plot_circuit_matrix
+from .curves import plot_faithfulness, plot_pruning
 from .heatmap import plot_activation_patching_results
 from .page import Figure
 
@@ -11,4 +12,6 @@ __all__ = [
     "plot_attention",
     "plot_circuit_graph",
     "plot_circuit_matrix",
+    "plot_faithfulness",
+    "plot_pruning",
 ]
