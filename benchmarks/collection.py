@@ -1,6 +1,6 @@
 """Collecting activations: `interp.collect_activations` beside SAELens's ActivationsStore, the MLP's output at layer 6.
 
-    python benchmarks/collection.py [--quick]
+python benchmarks/collection.py [--quick]
 """
 
 from __future__ import annotations

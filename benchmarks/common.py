@@ -50,9 +50,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"bos_token": "<eos>", "eos_token": "<eos>", "pad_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, name_or_path="words", add_bos_token=True, **special
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, name_or_path="words", add_bos_token=True, **special)
 
 
 def hooked_transformer(hf: GPT2LMHeadModel) -> Any:
@@ -87,11 +85,15 @@ def bridge(hf: GPT2LMHeadModel) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     with redirect_stdout(StringIO()):
-        made = TransformerBridge.boot_transformers("gpt2", hf_model=copy.deepcopy(hf), tokenizer=tokenizer(), device="cpu")
+        made = TransformerBridge.boot_transformers(
+            "gpt2", hf_model=copy.deepcopy(hf), tokenizer=tokenizer(), device="cpu"
+        )
     return made.eval().requires_grad_(False)
 
 
-def pair_differing_from(start: int, positions: int = POSITIONS, vocab: int = 50257, seed: int = 0) -> interp.PromptPairs:
+def pair_differing_from(
+    start: int, positions: int = POSITIONS, vocab: int = 50257, seed: int = 0
+) -> interp.PromptPairs:
     """One pair of random prompts that are alike below position `start` and differ at every later one."""
     drawn = np.random.default_rng([seed, start])
     clean = drawn.integers(vocab, size=positions)

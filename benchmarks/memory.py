@@ -1,6 +1,6 @@
 """Peak memory of a sweep beside one plain forward pass of a chunk's tokens, each in a process of its own.
 
-    python benchmarks/memory.py [--quick]
+python benchmarks/memory.py [--quick]
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def main() -> None:
     most = {what: sorted(high for _, high in runs)[len(runs) // 2] for what, runs in found.items()}
     more = {what: sorted(high - low for low, high in runs)[len(runs) // 2] for what, runs in found.items()}
     rows = []
-    for what, name in zip(RUNS, ("one plain forward pass of a chunk's tokens", "residual sweep", "head z sweep"), strict=True):
+    for what, name in zip(
+        RUNS, ("one plain forward pass of a chunk's tokens", "residual sweep", "head z sweep"), strict=True
+    ):
         ratio = more[what] / more["plain"]
         said = "" if what == "plain" else f"**{ratio:.2f}×** (≤ 2×{'' if ratio <= 2 else ', MISSED'})"
         whole = "" if what == "plain" else f"{most[what] / most['plain']:.2f}×"

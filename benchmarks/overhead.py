@@ -1,6 +1,6 @@
 """The toolkit's own cost: one growing batch as `interp` runs it, and the same batch written by hand in nnsight.
 
-    python benchmarks/overhead.py [--quick]
+python benchmarks/overhead.py [--quick]
 """
 
 from __future__ import annotations
@@ -33,17 +33,16 @@ def by_hand(nn: Any, ids: torch.Tensor, cells: list[tuple[int, int]], right: int
     This is what one would write for GPT-2 and one pair of equal length: no masks, no other sites, no other families.
     """
     joining = [torch.tensor([at for layer, at in cells if layer == number]) for number in range(len(nn.transformer.h))]
-    with torch.no_grad():
-        with nn.trace(ids):
-            for layer, block in enumerate(nn.transformer.h):
-                if len(joining[layer]):
-                    hidden = block.input
-                    new = hidden[:1].repeat(len(joining[layer]), 1, 1)
-                    new[torch.arange(len(new)), joining[layer]] = hidden[1, joining[layer]]
-                    block.input = torch.cat([hidden, new])
-            nn.lm_head.input = nn.lm_head.input[:, -1:].contiguous()  # a strided one is slow
-            logits = nn.output.logits[:, 0]
-            scores = (logits[:, right] - logits[:, wrong]).save()
+    with torch.no_grad(), nn.trace(ids):
+        for layer, block in enumerate(nn.transformer.h):
+            if len(joining[layer]):
+                hidden = block.input
+                new = hidden[:1].repeat(len(joining[layer]), 1, 1)
+                new[torch.arange(len(new)), joining[layer]] = hidden[1, joining[layer]]
+                block.input = torch.cat([hidden, new])
+        nn.lm_head.input = nn.lm_head.input[:, -1:].contiguous()  # a strided one is slow
+        logits = nn.output.logits[:, 0]
+        scores = (logits[:, right] - logits[:, wrong]).save()
     return scores
 
 

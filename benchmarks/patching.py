@@ -1,7 +1,7 @@
 """Activation patching: `interp.patch` beside one forward pass per patch in TransformerLens and in nnsight.
 
-    python benchmarks/patching.py            the table (about ten minutes on two cores)
-    python benchmarks/patching.py --quick    three layers, one run: does it work?
+python benchmarks/patching.py            the table (about ten minutes on two cores)
+python benchmarks/patching.py --quick    three layers, one run: does it work?
 """
 
 from __future__ import annotations
@@ -88,11 +88,10 @@ def with_nnsight(nn: Any, pairs: interp.PromptPairs, kind: str, heads: int, cell
     right, wrong = pairs.answers[0], pairs.distractors[0]
     blocks = nn.transformer.h
     width = nn.config.n_embd // heads
-    with torch.no_grad():
-        with nn.trace(corrupted):
-            source = nnsight.save([])
-            for block in blocks:
-                source.append(block.attn.c_proj.input if kind == "z" else block.input)
+    with torch.no_grad(), nn.trace(corrupted):
+        source = nnsight.save([])
+        for block in blocks:
+            source.append(block.attn.c_proj.input if kind == "z" else block.input)
 
     @torch.no_grad()
     def loop() -> torch.Tensor:
@@ -139,7 +138,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three layers, one run: does it work?")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of every loop (default 5)")
-    parser.add_argument("--every", type=int, default=1, help="peers' loops do every Nth patch, and their times are scaled")
+    parser.add_argument(
+        "--every", type=int, default=1, help="peers' loops do every Nth patch, and their times are scaled"
+    )
     parser.add_argument("--jobs", type=int, nargs="*", help="only these rows of the table, from 0")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)

@@ -19,9 +19,7 @@ from interp.errors import EffectsError, InterpError
 TOKENS = [["<s>", " John", " and", " John"], ["<s>", " Mary", " or"]]
 
 
-def make(
-    direction: str | None = "noising", seed: int = 0, corrupted: bool = True, **coords: object
-) -> Effects:
+def make(direction: str | None = "noising", seed: int = 0, corrupted: bool = True, **coords: object) -> Effects:
     """Two components, three layers, four positions, two pairs; the second pair lacks the last position."""
     rng = np.random.default_rng(seed)
     values = rng.normal(size=(2, 3, 4, 2)).astype(np.float32)
@@ -106,9 +104,7 @@ def test_refusals_name_the_file_and_the_cause(tmp_path: Path) -> None:
     with pytest.raises(EffectsError, match=r"flipped\.nc is damaged: its checksum"):
         Effects.load(tmp_path / "flipped.nc")
     xr.Dataset({"rain": ("day", [1.0])}).to_netcdf(tmp_path / "rain.nc", engine="h5netcdf")
-    with pytest.raises(
-        EffectsError, match=r"rain\.nc is a NetCDF file, but not one of effects \(it holds rain"
-    ):
+    with pytest.raises(EffectsError, match=r"rain\.nc is a NetCDF file, but not one of effects \(it holds rain"):
         Effects.load(tmp_path / "rain.nc")
     newer = xr.load_dataset(io.BytesIO(whole), engine="h5netcdf")
     newer.assign_attrs(interp_effects=SCHEMA + 1).to_netcdf(tmp_path / "newer.nc", engine="h5netcdf")
@@ -120,9 +116,7 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path) -> None:
     path = make(seed=0).save(tmp_path / "effects.nc")
     limits, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (1000, limits[1])
-        )  # a write that stops half-way, as ENOSPC does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a write that stops half-way, as ENOSPC does
         with pytest.raises(EffectsError, match=r"cannot write .*effects\.nc: File too large"):
             make(seed=1).save(path)
     finally:
@@ -153,9 +147,7 @@ def test_dataframe_has_a_row_per_cell_and_pair() -> None:
     frame = effects.to_dataframe()
     assert list(frame) == ["component", "layer", "position", "pair", "value", "normalized", "token"]
     assert len(frame) == effects.values.size
-    one = frame[
-        (frame.component == "mlp_out") & (frame.layer == 2) & (frame.position == 1) & (frame.pair == 1)
-    ]
+    one = frame[(frame.component == "mlp_out") & (frame.layer == 2) & (frame.position == 1) & (frame.pair == 1)]
     assert one.value.item() == float(effects.values[1, 2, 1, 1])
     assert one.normalized.item() == float(effects.normalized[1, 2, 1, 1])
     assert one.token.item() == " Mary"
@@ -163,9 +155,7 @@ def test_dataframe_has_a_row_per_cell_and_pair() -> None:
 
 
 def test_dataframe_of_other_dims_has_no_tokens() -> None:
-    values = xr.DataArray(
-        np.ones((2, 3, 1)), dims=("sender", "receiver", "pair"), coords={"sender": ["a", "b"]}
-    )
+    values = xr.DataArray(np.ones((2, 3, 1)), dims=("sender", "receiver", "pair"), coords={"sender": ["a", "b"]})
     frame = Effects(values, xr.DataArray([1.0], dims="pair")).to_dataframe()
     assert frame.sender.tolist() == ["a"] * 3 + ["b"] * 3
     assert frame.token.isna().all()

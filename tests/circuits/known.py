@@ -95,9 +95,7 @@ def reverse() -> Known:
                 model.lm_head.weight[row, _column(labels, "reverse", word)] = 1.0
     prompts = [("a c b b", "b c b b"), ("b a c a", "c a b b"), ("c c a b", "a c a b"), ("a b b c", "c a a c")]
     pairs = _pairs("reverse", prompts, [a[0] for a, _ in prompts], [b[0] for _, b in prompts])
-    return Known(
-        "reverse", model, _tokenizer(words), pairs, frozenset({("embed", "L3.H0.v"), ("L3.H0", "logits")})
-    )
+    return Known("reverse", model, _tokenizer(words), pairs, frozenset({("embed", "L3.H0.v"), ("L3.H0", "logits")}))
 
 
 @cache
@@ -176,9 +174,7 @@ def saturated() -> Known:
     with torch.no_grad():
         model.transformer.wte.weight[range(2, n), range(2, n)] = 1.0
         model.lm_head.weight[words.index("up"), n] = 1.0
-    _head(
-        model, 1, 0, q=((query_a, query_b), (0, 1), 120.0), k=((a, b), (0, 1)), v=((a,), (2,)), o=((2,), (n,))
-    )
+    _head(model, 1, 0, q=((query_a, query_b), (0, 1), 120.0), k=((a, b), (0, 1)), v=((a,), (2,)), o=((2,), (n,)))
     with torch.no_grad():
         _columns(model, 1, 0, "v")[b, 2] = -1.0
     prompts = [("a b A", "b a B"), ("a c b A", "b c a B"), ("b a A", "a b B"), ("c b a B", "c a b A")]
@@ -221,9 +217,7 @@ KNOWN: dict[str, Callable[[], Known]] = {
 }  # fmt: skip
 
 
-def _pairs(
-    name: str, prompts: Sequence[Sequence[str]], answers: list[str], distractors: list[str]
-) -> PromptPairs:
+def _pairs(name: str, prompts: Sequence[Sequence[str]], answers: list[str], distractors: list[str]) -> PromptPairs:
     clean, corrupted = ([f"{BOS} {prompt[side]}" for prompt in prompts] for side in (0, 1))
     return PromptPairs(clean, corrupted, answers, distractors, name=name)
 
@@ -281,9 +275,7 @@ def _words(program: Any) -> list[str]:
 
 def _column(labels: list[str], name: str, value: str = "") -> int:
     """The dimension of a residual stream that holds a variable: labels are like `reverse_4:a`."""
-    found = [
-        i for i, label in enumerate(labels) if label.rsplit("_", 1)[0] == name and label.endswith(f":{value}")
-    ]
+    found = [i for i, label in enumerate(labels) if label.rsplit("_", 1)[0] == name and label.endswith(f":{value}")]
     found = found or [i for i, label in enumerate(labels) if label.rsplit("_", 1)[0] == name]
     assert len(found) == 1, f"{name} {value} in {labels}"
     return found[0]
@@ -314,9 +306,7 @@ def _from_tracr(program: Any, words: int) -> GPT2LMHeadModel:
                 mine = slice(head * d_key, (head + 1) * d_key)
                 for kind, name in {"q": "query", "k": "key", "v": "value"}.items():
                     scale = (d_head / d_key) ** 0.5 if kind == "q" else 1.0
-                    _columns(model, i, head, kind)[:width, :d_key] = (
-                        weight(f"{at}/attn/{name}")[:, mine] * scale
-                    )
+                    _columns(model, i, head, kind)[:width, :d_key] = weight(f"{at}/attn/{name}")[:, mine] * scale
                 start = head * d_head
                 block.attn.c_proj.weight[start : start + d_key, :width] = weight(f"{at}/attn/linear")[mine]
             block.mlp.c_fc.weight[:width] = weight(f"{at}/mlp/linear_1")

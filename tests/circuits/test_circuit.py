@@ -38,9 +38,7 @@ def test_a_receiver_reads_what_stands_upstream(facts: Facts) -> None:
         reads = []
         for sender in facts.senders:
             below = sender.kind == "embed" or receiver.kind == "logits" or sender.layer < receiver.layer
-            beside = (
-                receiver.kind == "mlp_out" and sender.kind == "head_out" and sender.layer == receiver.layer
-            )
+            beside = receiver.kind == "mlp_out" and sender.kind == "head_out" and sender.layer == receiver.layer
             reads.append(below or (beside and not facts.parallel))
         assert facts.mask[:, r].tolist() == reads
         assert facts.upstream_count(receiver.node) == sum(reads)
@@ -82,9 +80,7 @@ def test_facts_of_a_model_and_what_is_wrong_with_them() -> None:
         Circuit.from_edges({("L999999999.H0", "logits"): 1.0})
 
 
-@pytest.mark.parametrize(
-    "name", ["L3", "L1.H2.z", "L1.H2@4", "L1.q", "L1.H2.pattern", "resid", ["L1.H2"], None]
-)
+@pytest.mark.parametrize("name", ["L3", "L1.H2.z", "L1.H2@4", "L1.q", "L1.H2.pattern", "resid", ["L1.H2"], None])
 def test_what_names_no_node(name: object) -> None:
     with pytest.raises(CircuitError):
         node(name)
@@ -247,9 +243,7 @@ def test_paths_have_the_strongest_weakest_link() -> None:
 
 
 def test_set_operations() -> None:
-    a = Circuit.from_edges(
-        {("embed", "logits"): 1.0, ("L0.H0", "logits"): 2.0}, SMALL, {"model": "m", "n": 1}
-    )
+    a = Circuit.from_edges({("embed", "logits"): 1.0, ("L0.H0", "logits"): 2.0}, SMALL, {"model": "m", "n": 1})
     b = Circuit.from_edges({("embed", "logits"): 5.0, ("L0.H1", "logits"): 3.0}, SMALL, {"model": "m"})
     assert (a & b).scores() == {("embed", "logits"): 1.0}
     assert (a | b).scores() == {("embed", "logits"): 1.0, ("L0.H0", "logits"): 2.0, ("L0.H1", "logits"): 3.0}
@@ -264,9 +258,7 @@ def test_set_operations() -> None:
 
 
 def test_a_circuit_reads_as_a_list_of_heads() -> None:
-    circuit = Circuit.from_nodes(
-        [(2, 3), (0, 1), "L1.mlp", (0, 0)], GROUPED, {"trajectory": [{"dropped": "L2.H0"}]}
-    )
+    circuit = Circuit.from_nodes([(2, 3), (0, 1), "L1.mlp", (0, 0)], GROUPED, {"trajectory": [{"dropped": "L2.H0"}]})
     assert list(circuit) == [(0, 0), (0, 1), (2, 3)] and len(circuit) == 3
     assert circuit[0] == (0, 0) and circuit[-1] == (2, 3) and circuit[1:] == [(0, 1), (2, 3)]
     assert (0, 1) in circuit and (1, 1) not in circuit

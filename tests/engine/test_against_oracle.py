@@ -86,10 +86,7 @@ class Loop:
         name = f"{kind} layer {layer} pair {pair} {where}"
         self.moved[kind] = max(self.moved.get(kind, 0.0), abs(want - self.bases[pair][0]))
         error = abs(got - want) / tolerance
-        if (
-            not error <= 1
-            and routing_gap(self.oracle, partial(self.oracle.run, self.base[pair], [patch])) < 1e-4
-        ):
+        if not error <= 1 and routing_gap(self.oracle, partial(self.oracle.run, self.base[pair], [patch])) < 1e-4:
             self.flipped.append(name)
         else:
             self.differences.setdefault(kind, []).append(error)
@@ -102,9 +99,7 @@ def routing_gap(oracle: Oracle, run: Callable[[], Tensor]) -> float:
     k = getattr(oracle.config, "num_experts_per_tok", None)
 
     def see(module: torch.nn.Module, args: tuple[Tensor, ...], _: object) -> None:
-        scores = torch.nn.functional.linear(
-            args[0].flatten(0, -2), module.weight, getattr(module, "bias", None)
-        )
+        scores = torch.nn.functional.linear(args[0].flatten(0, -2), module.weight, getattr(module, "bias", None))
         top = scores.sort(dim=-1, descending=True).values
         gaps.append(float((top[:, k - 1] - top[:, k]).min()))
 
@@ -119,9 +114,7 @@ def routing_gap(oracle: Oracle, run: Callable[[], Tensor]) -> float:
 
 
 @contextmanager
-def compared(
-    family: str, attention: str | None, pairs: PromptPairs, direction: str
-) -> Iterator[tuple[Model, Loop]]:
+def compared(family: str, attention: str | None, pairs: PromptPairs, direction: str) -> Iterator[tuple[Model, Loop]]:
     """A model and its loop; at the end every kind must have moved something, and few rows be left out."""
     loop = Loop(oracle_of(family, attention), pairs, direction)
     yield loaded(family, attention), loop
@@ -146,9 +139,7 @@ def check_runs(effects: Effects, loop: Loop, direction: str) -> None:
 
 def kinds_of(family: str, attention: str | None, among: tuple[str, ...] | None = None) -> list[str]:
     kinds = [kind for kind in has(family) if among is None or kind in among]
-    return (
-        [k for k in kinds if k != "pattern"] if family.startswith("falcon") and attention == "sdpa" else kinds
-    )
+    return [k for k in kinds if k != "pattern"] if family.startswith("falcon") and attention == "sdpa" else kinds
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -211,9 +202,7 @@ def test_units(family: str, direction: str) -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @every_case
-def test_named_positions_of_prompts_that_differ_in_length(
-    family: str, attention: str | None, direction: str
-) -> None:
+def test_named_positions_of_prompts_that_differ_in_length(family: str, attention: str | None, direction: str) -> None:
     pairs = unaligned()
     kinds = [kind for kind in kinds_of(family, attention) if kind != "pattern"]
     sides = ("clean", "corrupted") if direction == "noising" else ("corrupted", "clean")

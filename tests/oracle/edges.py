@@ -63,9 +63,7 @@ def contributions(oracle: Oracle, ids: Sequence[int]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def edges(
-    oracle: Oracle, ids: Sequence[int], source_ids: Sequence[int], cut: Iterable[tuple[str, str]]
-) -> Tensor:
+def edges(oracle: Oracle, ids: Sequence[int], source_ids: Sequence[int], cut: Iterable[tuple[str, str]]) -> Tensor:
     """Logits of `ids` where the receiver of each (sender, receiver) in `cut` reads what the source run wrote.
 
     It reads x + Σ (source contribution - this run's contribution): its norm and its own slice of q, k or v,
@@ -113,9 +111,7 @@ def path(
             held["mlp_out", layer] = base[f"L{layer}.mlp"]
     for sender in start:
         name, node = sender.split("@")[0], _parse(sender)
-        site = (
-            ("resid_pre", 0) if name == "embed" else ("mlp_out" if node["mlp"] else "attn_out", node["layer"])
-        )
+        site = ("resid_pre", 0) if name == "embed" else ("mlp_out" if node["mlp"] else "attn_out", node["layer"])
         held[site] = held.get(site, base[name]) + _at(source[name] - base[name], sender)
     frozen = [Patch(kind, layer, value) for (kind, layer), value in held.items()]
     reads = []

@@ -149,9 +149,7 @@ class Oracle:
         return torch.tensor(rows)
 
     @torch.no_grad()
-    def _forward(
-        self, ids: Sequence[int], patches: list[Patch], seen: dict[tuple[str, int], Tensor]
-    ) -> Tensor:
+    def _forward(self, ids: Sequence[int], patches: list[Patch], seen: dict[tuple[str, int], Tensor]) -> Tensor:
         """Run with every patch written; sites that are keys of `seen` get what they hold after the writes."""
         sites = {(p.kind, p.layer) for p in patches} | set(seen)
         with ExitStack() as stack:

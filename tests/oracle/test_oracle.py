@@ -53,9 +53,7 @@ def assert_equal(ours: Tensor, theirs: Tensor) -> None:
 
 
 def missing(family: str) -> set[str]:
-    return ({"resid_mid"} if family in PARALLEL else set()) | (
-        {"mlp_pre", "neuron"} if family in EXPERTS else set()
-    )
+    return ({"resid_mid"} if family in PARALLEL else set()) | ({"mlp_pre", "neuron"} if family in EXPERTS else set())
 
 
 @every_family
@@ -106,11 +104,7 @@ def test_patterns_are_causal_and_windowed(family: str) -> None:
     pattern = torch.stack([o.read(CLEAN, "pattern", layer) for layer in range(o.n_layers)])
     assert (pattern.triu(1) == 0).all()
     rows = pattern.sum(-1)
-    assert (
-        rows.max() < 1 and rows.mean() < 0.95
-        if family == "gpt_oss"
-        else torch.allclose(rows, rows.new_ones(()))
-    )
+    assert rows.max() < 1 and rows.mean() < 0.95 if family == "gpt_oss" else torch.allclose(rows, rows.new_ones(()))
     assert (pattern[0].tril(-WINDOWS.get(family, 9)) == 0).all()
     reach = WINDOWS.get(family, 9) - 1
     assert (pattern[0].diagonal(-reach, -2, -1) > 0).any()
@@ -225,9 +219,7 @@ def test_parts_of_a_site_are_written_alone(family: str) -> None:
         before = o.read(CLEAN, kind, 1)
         moved = o.read(CLEAN, kind, 1, [Patch(kind, 1, before + 1, (-2,), head, unit)]) - before
         assert int((moved.abs() > 0.5).sum()) == (value.shape[-1] if unit is None else 1), kind
-        place = (
-            (slice(0, 1), 7) if kind == "pattern" else (7, 0) if head == 0 else (7, slice(unit, unit and 4))
-        )
+        place = (slice(0, 1), 7) if kind == "pattern" else (7, 0) if head == 0 else (7, slice(unit, unit and 4))
         assert_equal(moved[place], torch.ones_like(moved[place]))
     assert_equal(
         o.patched(CLEAN, CORRUPTED, "z", 1, head=2, positions=[4, -1]),

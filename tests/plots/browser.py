@@ -54,9 +54,7 @@ class Page:
         self._profile = tempfile.TemporaryDirectory(prefix="interp-browser-", ignore_cleanup_errors=True)
         to_read, self._to = os.pipe()
         self._from, from_write = os.pipe()
-        ends = [
-            fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_read, from_write)
-        ]  # clear of 3 and 4, which follow
+        ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_read, from_write)]  # clear of 3 and 4, which follow
         os.close(to_read)
         os.close(from_write)
         flags = [
@@ -133,9 +131,7 @@ class Page:
         data = event.get("params", {})
         match event.get("method"):
             case "Runtime.exceptionThrown":
-                self.errors.append(
-                    data["exceptionDetails"].get("exception", {}).get("description", str(data))
-                )
+                self.errors.append(data["exceptionDetails"].get("exception", {}).get("description", str(data)))
             case "Runtime.consoleAPICalled" if data["type"] in ("error", "warning", "assert"):
                 self.errors.append(" ".join(str(a.get("value", a)) for a in data["args"]))
             case "Log.entryAdded" if data["entry"]["level"] in ("error", "warning"):
@@ -148,11 +144,7 @@ class Page:
     @property
     def network(self) -> list[str]:
         """Requests that would leave the machine: all but the page itself and data it holds."""
-        return [
-            url
-            for url in self.requests
-            if not url.startswith(("data:", "blob:", self.path.absolute().as_uri()))
-        ]
+        return [url for url in self.requests if not url.startswith(("data:", "blob:", self.path.absolute().as_uri()))]
 
     def evaluate(self, code: str) -> Any:
         """The JSON value of a JavaScript expression."""

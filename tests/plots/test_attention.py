@@ -128,10 +128,7 @@ def test_layer_and_head_are_chosen_on_the_page(tmp_path: Path, chromium: str) ->
         np.testing.assert_allclose(drawn(), weights[0, 2].ravel()[cells], rtol=1e-6)
         page.evaluate(f"Bokeh.documents[0].get_model_by_id('{slider.id}').value = 2")
         np.testing.assert_allclose(drawn(), weights[2, 2].ravel()[cells], rtol=1e-6)
-        assert (
-            page.evaluate(f"Bokeh.documents[0].get_model_by_id('{large.title.id}').text")
-            == "layer 2 · head 2"
-        )
+        assert page.evaluate(f"Bokeh.documents[0].get_model_by_id('{large.title.id}').text") == "layer 2 · head 2"
         tile = page.evaluate(f"""(() => {{
             const tiles = Bokeh.documents[0].get_model_by_id('{overview.renderers[0].data_source.id}');
             return [...tiles.data.image[8]].map((w) => isNaN(w) ? -1 : w); }})()""")

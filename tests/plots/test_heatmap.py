@@ -20,9 +20,7 @@ from tests.plots.examples import IOI, cells, grid, labels, make, panels
 
 def test_every_cell_stands_at_its_layer_and_position_with_its_mean() -> None:
     effects = grid()
-    for name, plot in zip(
-        ("resid_pre", "mlp_out"), panels(plot_activation_patching_results(effects)), strict=True
-    ):
+    for name, plot in zip(("resid_pre", "mlp_out"), panels(plot_activation_patching_results(effects)), strict=True):
         assert plot.title.text == name
         data, expected = cells(plot), effects.mean(normalized=True).sel(component=name)
         for x, y, mean in zip(data["x"], data["y"], data["mean"], strict=True):
@@ -104,9 +102,7 @@ def test_cells_that_do_not_exist_are_hatched_and_say_so() -> None:
     assert len(cells(gaps)["x"]) == 4 * 9
     assert set(cells(gaps, 1)["x"]) == {9, 10, 11, 12}
     assert gaps.renderers[1].glyph.hatch_pattern == "/"
-    (hover,) = [
-        t for t in gaps.toolbar.tools if isinstance(t, HoverTool) and gaps.renderers[1] in t.renderers
-    ]
+    (hover,) = [t for t in gaps.toolbar.tools if isinstance(t, HoverTool) and gaps.renderers[1] in t.renderers]
     assert "no such cell" in hover.tooltips
 
 
@@ -177,11 +173,7 @@ def test_not_normalised_draws_the_change_of_the_metric() -> None:
 def test_tiny_effects_keep_their_digits_in_the_hover() -> None:
     effects = grid()
     tiny = dataclasses.replace(effects, values=3 + (effects.values - 3) * 1e-5)
-    tip = (
-        panels(plot_activation_patching_results(tiny, normalized=False))[0]
-        .select_one({"type": HoverTool})
-        .tooltips
-    )
+    tip = panels(plot_activation_patching_results(tiny, normalized=False))[0].select_one({"type": HoverTool}).tooltips
     assert "@mean{0.0000000}" in tip
 
 
@@ -194,9 +186,7 @@ def test_refusals() -> None:
     with pytest.raises(PlotError, match="no source run"):
         plot_activation_patching_results(Effects(effects.values, effects.clean), normalized=True)
     with pytest.raises(PlotError, match="choose one of the others"):
-        plot_activation_patching_results(
-            make({"component": ["z"], "layer": [0], "head": [0], "position": [0]})
-        )
+        plot_activation_patching_results(make({"component": ["z"], "layer": [0], "head": [0], "position": [0]}))
 
 
 def test_page_in_chromium(tmp_path: Path, chromium: str) -> None:

@@ -57,9 +57,7 @@ def build(variant: str, shape: str, **options) -> PromptPairs:
 
 def words_at(encoded, name: str, side: int = 0) -> list[list[str]]:
     labels = encoded.corrupted_labels if side else encoded.labels
-    return [
-        [row[p].strip() for p in at[side]] for row, at in zip(labels, encoded.positions[name], strict=True)
-    ]
+    return [[row[p].strip() for p in at[side]] for row, at in zip(labels, encoded.positions[name], strict=True)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -80,9 +78,7 @@ def test_pairs_are_aligned_distinct_and_end_in_single_token_answers(variant, sha
             if isinstance(entry, str):  # in place, after this very prompt, not only by itself
                 text = pairs.clean[i]
                 token = tokenizer(entry, add_special_tokens=False)["input_ids"]
-                assert token == [
-                    next_token(tokenizer, text, entry if entry.isdigit() else f" {entry.strip()}")
-                ]
+                assert token == [next_token(tokenizer, text, entry if entry.isdigit() else f" {entry.strip()}")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -103,8 +99,7 @@ def test_ioi(variant):
     assert s1 == s2 and all(a != b for a, b in zip(io, s1, strict=True))
     assert [[a[0].strip()] for a in pairs.answers] == io and [[d[0].strip()] for d in pairs.distractors] == s1
     first = {
-        at_io < at_s
-        for (at_io, _), (at_s, _) in zip(encoded.positions["IO"], encoded.positions["S1"], strict=True)
+        at_io < at_s for (at_io, _), (at_s, _) in zip(encoded.positions["IO"], encoded.positions["S1"], strict=True)
     }
     assert first == {"ioi-ABBA": {True}, "ioi-BABA": {False}}.get(variant, {True, False})
     other = [words_at(encoded, name, side=1) for name in ("IO", "S1", "S2")]
@@ -147,9 +142,7 @@ def test_greater_than_sets_are_the_years_after_and_before(shape):
     for i in range(60):
         start, century = ("".join(words_at(encoded, name)[i]).strip("▁") for name in ("YY", "XX"))
         assert "".join(words_at(encoded, "YY", side=1)[i]) == "01"
-        after, before = (
-            {encoded_label(tokenizer, t) for t in s[i]} for s in (encoded.answers, encoded.distractors)
-        )
+        after, before = ({encoded_label(tokenizer, t) for t in s[i]} for s in (encoded.answers, encoded.distractors))
         if shape == "two-digits":
             every = {f"{y:02d}" for y in range(100)}
             assert after == {y for y in every if y > start} and before == every - after
@@ -186,9 +179,7 @@ def test_agreement_changes_the_subject_alone(attractor):
         (clean,), (corrupted,) = words_at(encoded, "subject")[i], words_at(encoded, "subject", side=1)[i]
         assert number[clean] == i % 2 == 1 - number[corrupted]
         assert forms[pairs.answers[i][0]] == number[clean] == 1 - forms[pairs.distractors[i][0]]
-        differ = [
-            p for p, (a, b) in enumerate(zip(encoded.clean[i], encoded.corrupted[i], strict=True)) if a != b
-        ]
+        differ = [p for p, (a, b) in enumerate(zip(encoded.clean[i], encoded.corrupted[i], strict=True)) if a != b]
         assert (*differ,) == encoded.positions["subject"][i][0]
         if attractor:
             assert number[words_at(encoded, "attractor")[i][0]] == 1 - number[clean]
@@ -276,9 +267,7 @@ def test_wrong_options_are_refused(task, options, said):
 
 
 def test_every_data_file_says_where_it_comes_from():
-    files = [
-        f for f in resources.files("interp.tasks").joinpath("data").iterdir() if f.name.endswith(".json")
-    ]
+    files = [f for f in resources.files("interp.tasks").joinpath("data").iterdir() if f.name.endswith(".json")]
     assert len(files) == 6
     for file in files:
         assert len(json.loads(file.read_text("utf-8"))["source"]) > 40, file.name
@@ -300,9 +289,7 @@ def test_every_data_file_says_where_it_comes_from():
         ("induction", 1.0, 10.0),
     ],
 )
-def test_the_bundled_model_solves_the_task_and_the_corruption_turns_it_round(
-    bundled, variant, accuracy, difference
-):
+def test_the_bundled_model_solves_the_task_and_the_corruption_turns_it_round(bundled, variant, accuracy, difference):
     task, options = VARIANTS[variant]
     pairs = getattr(tasks, task)(bundled.tokenizer, n=16, seed=0, **options)
     encoded = bundled.encode(pairs)
@@ -312,9 +299,7 @@ def test_the_bundled_model_solves_the_task_and_the_corruption_turns_it_round(
         for length in {len(row) for row in rows}:  # one batch per length: no padding
             batch = [i for i, row in enumerate(rows) if len(row) == length]
             with torch.no_grad():
-                logits = (
-                    bundled.hf(torch.tensor([rows[i] for i in batch]), logits_to_keep=1).logits[:, -1].float()
-                )
+                logits = bundled.hf(torch.tensor([rows[i] for i in batch]), logits_to_keep=1).logits[:, -1].float()
             for i, row in zip(batch, logits, strict=True):
                 out[i] = row[list(encoded.answers[i])].mean() - row[list(encoded.distractors[i])].mean()
         return out

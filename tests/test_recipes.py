@@ -1,0 +1,139 @@
+"""The recipe: it runs on the bundled model, writes what it says, and its pages open in a browser with no network."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import interp
+
+from .plots.browser import Page
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+NAMES = ("grid", "heads", "fact")
+
+
+def recipe(name: str) -> Any:
+    """A recipe as a module."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def results(bundled: interp.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the recipe wrote for one pair; the model is the one that other tests have loaded."""
+    out = tmp_path_factory.mktemp("demo") / "study"
+    module, patch = recipe("activation_patching"), pytest.MonkeyPatch()
+    patch.setattr(interp, "load_model", lambda *_, **__: bundled)
+    try:
+        got = module.main(["--n", "1", "--components", "resid_pre", "attn_out", "--out", str(out)])
+    finally:
+        patch.undo()
+    assert got == out
+    return out
+
+
+def test_files(results: Path) -> None:
+    written = {path.name for path in results.iterdir()}
+    wanted = {f"{name}.{suffix}" for name in NAMES for suffix in ("nc", "html")} | {"index.html", "summary.md"}
+    assert written - {f"{name}.png" for name in NAMES} == wanted
+
+
+def test_effects_are_those_of_a_call_by_hand(results: Path, bundled: interp.Model) -> None:
+    saved = interp.Effects.load(results / "grid.nc")
+    assert saved.values.dims == ("component", "layer", "position", "pair")
+    assert saved.values["component"].values.tolist() == ["resid_pre", "attn_out"]
+    pairs = interp.tasks.ioi(bundled.tokenizer, n=1, seed=0, template=0, order="ABBA")
+    hand = interp.patch(bundled, pairs, interp.grid("resid_pre", layers=22))
+    np.testing.assert_allclose(saved.values.sel(component="resid_pre", layer=22), hand.values[0, 0], atol=1e-5 * 28)
+    heads = interp.Effects.load(results / "heads.nc")
+    assert dict(heads.values.sizes) == {"component": 1, "layer": 30, "head": 9, "pair": 1}
+    fact = interp.Effects.load(results / "fact.nc")
+    assert fact.provenance["tokens"][0][1:5] == ["The", " E", "iffel", " Tower"]
+    assert float(fact.clean) > 0 > float(fact.corrupted)
+
+
+def test_summary_says_what_the_effects_say(results: Path) -> None:
+    text = (results / "summary.md").read_text()
+    grid, heads = (interp.Effects.load(results / f"{name}.nc") for name in ("grid", "heads"))
+    assert f"clean {float(grid.clean.mean()):.2f}, corrupted {float(grid.corrupted.mean()):.2f}" in text
+    size = abs(heads.mean(normalized=True)).to_series()
+    _, layer, head = size.idxmax()
+    assert f"`z`, strongest: L{layer}.H{head}: " in text
+    assert re.search(r"\[S2\]: layers 0 to \d+", text), "the second subject's stream carries the effect from the start"
+    patches = {name: int(interp.Effects.load(results / f"{name}.nc").values.notnull().sum()) for name in NAMES}
+    for name, count in patches.items():
+        assert re.search(rf"^\| {name} \| [\d.]+ \| {count} \| \d+ \|$", text, re.MULTILINE)
+    assert f"| {sum(patches.values())} |" in text
+    assert "4-bit" in text
+    for path in results.iterdir():
+        assert f"- {path.name}\n" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pages_open_with_no_error_and_no_network(results: Path, chromium: str, name: str) -> None:
+    with Page(results / f"{name}.html") as page:
+        assert page.errors == []
+        assert page.network == []
+        words = " ".join(word["text"] for canvas in page.drawn() for word in canvas)
+        assert {"grid": "attn_out", "heads": "head", "fact": "iffel"}[name] in words
+
+
+def test_index_links_every_page(results: Path) -> None:
+    text = (results / "index.html").read_text()
+    for name in NAMES:
+        assert f'href="{name}.html"' in text
+        assert (f'src="{name}.png"' in text) == (results / f"{name}.png").exists()
+    assert "http" not in text
+
+
+def test_a_task_of_several_lengths_gives_pairs_of_one(bundled: interp.Model) -> None:
+    module = recipe("activation_patching")
+    pairs = module.aligned_pairs(bundled, "facts", 6, 0)
+    assert len(pairs) == 6
+    assert len({len(prompt) for prompt in bundled.encode(pairs).clean}) == 1
+    several = bundled.encode(interp.tasks.facts(bundled.tokenizer, n=24))
+    assert len({len(prompt) for prompt in several.clean}) > 1
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_recipes_use_public_names_only(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "interp"
+    }
+    assert used <= {*interp.__all__, "errors", "plots"}
+    modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {module for module in modules if module.split(".")[0] == "interp"}
+
+
+def test_public_names_are_few_and_import_nothing_slow() -> None:
+    assert len(interp.__all__) <= 40
+    for name in interp.__all__:
+        assert getattr(interp, name) is not None
+    heavy = ("bokeh", "sae_lens", "wandb", "matplotlib")
+    code = f"import sys, interp; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=RECIPES.parent,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
