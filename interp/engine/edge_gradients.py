@@ -80,20 +80,23 @@ def combine(
     base, source = program["base"], program["from"]
     count = sender_index(taps, end - 1, None) + 1
     out = torch.zeros(len(base), receiver_index(taps, end, "logits") + 1, count)
-    changes: list[Tensor] = []
+    like = tape.value[0, "resid_pre"]
+    changes = like.new_empty(len(base), count, *like.shape[1:])  # of the first `written` senders
+    written = 0
 
     def record(part: Tensor) -> None:
-        half = len(base)
-        changes.append(part[half:] - part[:half])
+        nonlocal written
+        half, end = len(base), written + part.shape[1]
+        changes[:, written:end] = (part[half:] - part[:half]).to(changes.device)
+        written = end
 
     def streams(layer: int, kind: str) -> Tensor:
         x = tape.value[layer, kind]
         return x[torch.cat([base, source]).to(x.device)]
 
     def put(first: int, read: Tensor) -> None:
-        written = torch.cat([change.to(read.device) for change in changes], dim=1)
-        found = torch.einsum("bsm,brm->brs", written.flatten(2), read.flatten(2))
-        out[:, first : first + read.shape[1], : written.shape[1]] = found.float().cpu()
+        found = torch.einsum("bsm,brm->brs", changes[:, :written].flatten(2), read.to(changes.device).flatten(2))
+        out[:, first : first + read.shape[1], :written] = found.float().cpu()
 
     record(streams(0, "resid_pre").unsqueeze(1))
     for layer in range(end):
