@@ -82,7 +82,9 @@ def main() -> None:
         timed = interleaved(
             {
                 "batched": lambda t=threshold, o=options: acdc(model, one, interp.logit_diff, within, t, {}, **o),
-                "single": lambda t=threshold, o=options: acdc(model, one, interp.logit_diff, within, t, {}, **o, ahead=1),
+                "single": lambda t=threshold, o=options: acdc(
+                    model, one, interp.logit_diff, within, t, {}, **o, ahead=1
+                ),
             },
             repeats,
         )

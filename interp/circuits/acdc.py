@@ -60,12 +60,15 @@ def acdc(
     with bar:
         while done < len(order):
             batch = order[done : done + size]
-            expected = [bool(stays[edge]) for edge in batch]
-            masks, mask = [], kept.copy()
-            for edge, stay in zip(batch, expected, strict=True):
+            masks, mask, expected = [], kept, []
+            alive = on_paths(facts, mask)
+            for edge in batch:
                 masks.append(mask.copy())
                 masks[-1][edge] = False
-                mask = mask if stay else masks[-1]
+                expected.append(bool(stays[edge] and alive[edge]))
+                if not expected[-1]:
+                    mask = masks[-1]
+                    alive = on_paths(facts, mask) if alive[edge] else alive
             options["trunk"] = kept if len(batch) > 2 else None
             found = run_masks(model, pairs, masks, "counterfactual", metric, reference=reference, **options)
             values = found.values.mean("pair").values
@@ -89,3 +92,21 @@ def acdc(
             bar.update(used)
     meta |= {"threshold": threshold, "trials": trials, "tested": len(order), "metric_value": current}
     return Circuit.from_matrix(scores, kept, facts, meta)
+
+
+def on_paths(facts: Facts, kept: np.ndarray) -> np.ndarray:
+    """Which kept edges lie on a path of kept edges from embed to the logits, bool [sender, receiver].
+
+    Any other carries nothing: its sender writes what it writes in the corrupted run, or nothing reads its receiver.
+    """
+    written = np.zeros(len(facts.senders), dtype=bool)
+    written[0] = True
+    inputs = [[facts.receiver_index[site] for site in facts.inputs_of(sender)] for sender in facts.senders]
+    for sender, places in enumerate(inputs[1:], start=1):
+        written[sender] = kept[written][:, places].any()
+    used = np.zeros(len(facts.receivers), dtype=bool)
+    used[-1] = True
+    for sender in reversed(range(1, len(inputs))):
+        if kept[sender, used].any():
+            used[inputs[sender]] = True
+    return kept & written[:, None] & used[None, :]

@@ -83,7 +83,8 @@ class Edges:
         self.parts: list[Tensor] = []  # contributions `[row, sender, position, d_model]` where no row is cut
         #: "cut": the reference's contribution minus each cut row's own (cut to zero: its own), filled sender by sender
         self.change: Tensor | None = None  # [row, sender, position, d_model]
-        self.normed: tuple[int, Tensor, Tensor] | None = None  # layer, rows, what its q, k and v receive
+        self.reads: tuple[int, Any, Tensor] | None = None  # layer, its `cut_reads`, what its q, k and v receive
+        self.whole = spec.get("reference") == "source" if isinstance(spec.get("reference"), str) else False
         self.biases: list[Tensor] = []  # "cut" to zero: what attention biases add `[row, position or 1, d_model]`
         self.deltas: dict[int, Tensor] = {}  # "patch": sender -> source − base `[stream, position, d_model]`
         if self.mode == "patch":
@@ -161,6 +162,8 @@ class Edges:
             self.parts.append(parts)
         if what == "heads" and isinstance(self.spec["reference"], str):
             added = bias_contribution(taps, block, x)
+            # a bias behind a norm belongs to no sender and differs between runs: their streams differ by more than senders
+            self.whole &= added is None or not taps["post_attn"]
             self.biases.append(x.new_zeros(len(x), 1, parts.shape[-1]) if added is None else added)
 
     def fill(self, first: int, parts: Tensor) -> None:
@@ -201,28 +204,38 @@ class Edges:
             columns[read] = column
         return reads[:, 0].to(like.device), reads[:, 1].to(like.device), reads[:, 2], columns, delta
 
-    def cut_reads(self, layer: int, kind: str, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """ "cut": (rows, what the receivers of a kind at a layer read `[row, read, position, d_model]`).
+    def cut_reads(
+        self, layer: int, kind: str, count: int, like: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """ "cut": (rows, source rows, taken, numbers, reads) of `count` receivers from the first of a kind at a layer.
 
-        A row that joined later was its base row until then. Cut to zero, the read is summed from what is kept: the
-        difference of a stream and all of its parts is rounding noise, which a norm would blow up to the size of a read.
+        `taken [row, read]`: all edges are cut, so what the source run has there is taken as it is. `reads [row, number,
+        position, d_model]` is what the receivers with these `numbers` read, some of whose edges are cut in some row; the
+        others read what they do. Cut to zero, a read is summed from what is kept: the difference of a stream and all of
+        its parts is rounding noise, which a norm would blow up to the size of a read.
         """
         spec, taps = self.spec, self.taps
         joined = int((spec["rows"] < len(like)).sum())  # rows ascend, so these are the first ones
-        rows, origin = spec["rows"][:joined].to(like.device), spec["origin"][:joined].to(like.device)
+        names = ("rows", "origin", "source")
+        rows, origin, source = (spec[name][:joined].to(like.device) for name in names)
         after = kind == "mlp" and not taps["parallel"]  # it also reads the heads of its layer
         senders = sender_index(taps, layer, None if after else 0)
         assert self.change is not None
         change = self.change[:joined, :senders].to(like.device)
         first = receiver_index(taps, layer, kind)
         mask = spec["mask"][:joined, first : first + count, :senders].to(like.device)
-        cut, stream = mask.to(like.dtype), like[rows].unsqueeze(1)
+        cut = mask.any(2)
+        taken = mask.all(2) & self.whole
+        numbers = (cut & ~taken).any(0).nonzero()[:, 0]
+        weights, stream = mask[:, numbers].to(like.dtype), like[rows].unsqueeze(1)
         if isinstance(spec["reference"], str) and spec["reference"] == "zero":
-            kept = weighted(1 - cut, change)
+            kept = weighted(1 - weights, change)
             for bias in self.biases[: layer + after]:
                 kept = kept + bias[torch.where(rows < len(bias), rows, origin)].to(like.device).unsqueeze(1)
-            return rows, torch.where(mask.any(2)[..., None, None], kept, stream)
-        return rows, stream + weighted(cut, change)
+            reads = torch.where(cut[:, numbers, None, None], kept, stream)
+        else:
+            reads = stream + weighted(weights, change)
+        return rows, source, taken, numbers, reads
 
     def project(self, layer: int, kind: str, block: Any, x: Tensor) -> Tensor:
         """Write the changed reads of q, k or v into their projection's output `[row, position, feature]`."""
@@ -243,15 +256,20 @@ class Edges:
                 where = slice(None) if column < 0 else slice(column, column + 1)
                 x[row, where, index[head]] = new[number, where, index[head]]
             return x
-        if self.normed is None or self.normed[0] != layer:  # q, k and v of a layer read at one place
-            rows, read = self.cut_reads(layer, "q", taps["n_heads"] + 2 * taps["n_kv_heads"], self.hidden)
-            self.normed = (layer, rows, at(block, taps["norm1"])(read) if taps["norm1"] else read)
-        _, rows, normed = self.normed
+        if self.reads is None or self.reads[0] != layer:  # q, k and v of a layer read at one place
+            found = self.cut_reads(layer, "q", taps["n_heads"] + 2 * taps["n_kv_heads"], self.hidden)
+            self.reads = (layer, found, at(block, taps["norm1"])(found[-1]) if taps["norm1"] else found[-1])
+        _, (rows, source, taken, numbers, _), normed = self.reads
         first = receiver_index(taps, layer, kind) - receiver_index(taps, layer, "q")
-        normed = normed[:, first : first + len(index)]
-        x[rows[:, None, None], torch.arange(x.shape[1])[None, :, None], index.flatten()[None, None]] = (
-            project_heads(module, normed, index).transpose(1, 2).flatten(2)
-        )
+        taken = taken[:, first : first + len(index)]
+        own = x[rows][..., index]  # [row, position, head, d_head]
+        own = torch.where(taken[:, None, :, None], x[source][..., index], own) if taken.any() else own
+        here = (numbers >= first) & (numbers < first + len(index))
+        if here.any():
+            heads = numbers[here] - first
+            new = project_heads(module, normed[:, here], index[heads]).transpose(1, 2)
+            own[:, :, heads] = torch.where(taken[:, None, heads, None], own[:, :, heads], new)
+        x[rows[:, None, None], torch.arange(x.shape[1])[None, :, None], index.flatten()[None, None]] = own.flatten(2)
         return x
 
     def mlp_input(self, layer: int, block: Any, x: Tensor) -> Tensor:
@@ -267,8 +285,7 @@ class Edges:
             rows, base, _, columns, delta = self.changes(layer, "mlp", stream)
             read = stream[base] + delta
         else:
-            rows, reads = self.cut_reads(layer, "mlp", 1, stream)
-            columns, read = torch.full((len(rows),), -1), reads[:, 0]
+            return self.exchange(x, norm, *self.cut_reads(layer, "mlp", 1, stream))
         new = norm(read) if norm is not None else read
         for number, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
             where = slice(None) if column < 0 else slice(column, column + 1)
@@ -285,6 +302,14 @@ class Edges:
             rows, base, _, _, delta = self.changes(end, "logits", x)
             x[rows] = x[base] + delta
         else:
-            rows, reads = self.cut_reads(end, "logits", 1, x)
-            x[rows] = reads[:, 0]
+            x = self.exchange(x, None, *self.cut_reads(end, "logits", 1, x))
+        return x
+
+    def exchange(
+        self, x: Tensor, norm: Any, rows: Tensor, source: Tensor, taken: Tensor, numbers: Tensor, reads: Tensor
+    ) -> Tensor:
+        """ "cut": what one receiver of each row receives `[row, position, d_model]`, in place."""
+        if len(numbers):
+            x[rows] = torch.where(taken[:, :, None], x[rows], reads[:, 0] if norm is None else norm(reads[:, 0]))
+        x[rows[taken[:, 0]]] = x[source[taken[:, 0]]]
         return x
