@@ -101,7 +101,7 @@ def evaluate_circuit(
     filled = reference_of(model, pairs, ablation, reference)
     every = [nothing, *masks, *rest, *taken]
     effects = run_masks(model, pairs, every, ablation, metric, reference=filled, **options)
-    values, full = effects.values.values, effects.clean.values
+    values, full = (part.values.astype(np.float64) for part in (effects.values, effects.clean))
     empty, rows, tail = values[0], values[1 : len(masks) + 1], values[len(masks) + 1 :]
     scores = faithfulness_of(rows, full, empty)
     low, high = _intervals(rows, full, empty, samples, seed)
