@@ -33,6 +33,8 @@ from .tokens import Text
 Collected = Tensor | dict[str, Tensor]
 #: A window holds this many batches, and no more than so many bytes of activations.
 BATCHES, WINDOW_BYTES = 32, 2**28
+#: Without patches there is nothing to save by running less at once: long batches spend least on each pass.
+CPU_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def collect_activations(
     if sum((padded, stream, to_disk is not None)) > 1 or (index and (padded or to_disk is not None)):
         raise PlanError("padded, stream and to_disk exclude each other; index goes with plain and streamed results")
     sites = sites_of(model, layer, component)
-    budget = batch_tokens or token_budget(model)
+    budget = batch_tokens or max(token_budget(model), CPU_BATCH if model.device.type == "cpu" else 0)
     element = (dtype or model.dtype).itemsize * sum(width_of(model, kind) for _, (_, kind) in sites)
     request = Request(
         model,
