@@ -46,7 +46,9 @@ types: $(STAMP)
 	$(PY) -m mypy interp
 
 bench: $(STAMP)
-	$(PY) benchmarks/patching.py $(ARGS)
+	for name in patching attribution collection circuits overhead memory; do \
+	  OMP_WAIT_POLICY=PASSIVE $(PY) benchmarks/$$name.py $(ARGS) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -75,7 +75,7 @@ def main() -> None:
 
     one = pairs[:1]
     within = interp.discover(model, one, "eap", progress=False).top(n_edges=edges)
-    for share in (0.003, 0.03):
+    for share in (0.2, 0.02):
         effects = interp.patch(model, one, interp.grid("resid_pre", layers=[0], positions=[0]), progress=False)
         threshold = share * abs(float((effects.clean - effects.corrupted).mean()))
         options = {"progress": False}
