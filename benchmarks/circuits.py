@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three layers, one run: does it work?")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs (default 5)")
-    parser.add_argument("--edges", type=int, default=150, help="edges that ACDC starts from (default 150)")
+    parser.add_argument("--edges", type=int, default=80, help="edges that ACDC starts from (default 80)")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     repeats, edges = (1, 30) if args.quick else (args.repeats, args.edges)
