@@ -94,20 +94,22 @@ def discover_all(study: Study, pairs: interp.PromptPairs, steps: int, seed: int)
 def by_size(study: Study, pairs: interp.PromptPairs, name: str, target: float) -> pd.DataFrame:
     """Circuits of a ranking, smallest first: the `top` edges asked for, how many of them lie on a path, faithfulness.
 
-    To the sizes of the curve come ten between the last one below the target and the first one that reaches it.
+    To the sizes of the curve come ten between the last one below the target and the first one that reaches it; twice.
     """
     curve, ranking = study.evaluations[name].curve, study.circuits[name]
-    first = int(np.flatnonzero(curve["faithfulness"].to_numpy() >= target)[0])  # the whole model reaches 1
-    if first > 0:
+    for part in ("sizes in between", "sizes between those"):
+        first = int(np.flatnonzero(curve["faithfulness"].to_numpy() >= target)[0])  # the whole model reaches 1
+        if first == 0:
+            break
         between = tuple(np.geomspace(curve["fraction"][first - 1], curve["fraction"][first], 12)[1:-1])
 
-        def finer() -> Any:
-            return interp.evaluate_circuit(study.model, pairs, ranking, fractions=between)
+        def finer(fractions: tuple[float, ...] = between) -> Any:
+            return interp.evaluate_circuit(study.model, pairs, ranking, fractions=fractions)
 
-        curve = pd.concat([curve, study.timed(name, "sizes in between", finer).curve])
-    curve = curve.sort_values("n_edges").drop_duplicates("n_edges").rename(columns={"n_edges": "top"})
-    counts = [ranking.top(n_edges=int(size), connected=True).n_edges for size in curve["top"]]
-    return curve.assign(on_a_path=counts).reset_index(drop=True)
+        curve = pd.concat([curve, study.timed(name, part, finer).curve])
+        curve = curve.sort_values("n_edges").drop_duplicates("n_edges").reset_index(drop=True)
+    counts = [ranking.top(n_edges=int(size), connected=True).n_edges for size in curve["n_edges"]]
+    return curve.rename(columns={"n_edges": "top"}).assign(on_a_path=counts)
 
 
 def attention_patterns(model: interp.Model, prompt: str, circuit: interp.Circuit) -> dict[str, Any]:
