@@ -45,8 +45,8 @@ def iterative_pruning(
     """Drop every node whose ablation, all earlier drops made, changes the metric by less than the threshold.
 
     Nodes go from the last layer to the first, one at a time, and are dropped at once; passes repeat until one drops
-    nothing. Candidates are tried in batches that assume every one before them was dropped; behind the first that stays
-    they are tried again, so the result is the same whatever the batch size.
+    nothing. Candidates are tried in batches that assume a fate for each one before them; behind the first whose fate was
+    another they are tried again, so the result is the same whatever the batch size.
 
     Args:
         prompt, answer_tokens: one prompt and [right, wrong]; or give `pairs`, whose clean prompts are used.
@@ -82,6 +82,7 @@ def iterative_pruning(
     trajectory: list[dict[str, Any]] = []
     dropped: list[Site] = []
     scores: dict[Site, float] = {}
+    stays = dict.fromkeys(nodes, False)  # what is expected of each node: its fate when it was last tried
 
     def measure(sets: list[list[Site]]) -> tuple[np.ndarray, float]:
         edits = [tuple((edit_of[site], EVERYWHERE) for site in chosen) for chosen in sets]
@@ -97,22 +98,30 @@ def iterative_pruning(
         while True:
             passes += 1
             left, before = [site for site in nodes if site not in dropped], len(dropped)
-            done, size = 0, min(4, ahead)
+            done, size = 0, min(8, ahead)
             while done < len(left):
-                batch = left[done : done + size]
-                values, _ = measure([[*dropped, *batch[: i + 1]] for i in range(len(batch))])
-                used = 0
-                for site, value in zip(batch, values, strict=True):
+                batch, sets, assumed = left[done : done + size], [], list(dropped)
+                expected = [stays[site] for site in batch]
+                for site, stay in zip(batch, expected, strict=True):
+                    sets.append([*assumed, site])
+                    assumed = assumed if stay else sets[-1]
+                values, _ = measure(sets)
+                used, base, as_expected = 0, current, True
+                for site, value, stay in zip(batch, values.tolist(), expected, strict=True):
+                    change = value - base
+                    stays[site] = abs(change) >= threshold  # behind a wrong guess: nearly what it will be
+                    base = base if stay else value
+                    if not as_expected:
+                        continue
                     used += 1
-                    change = float(value) - current
                     scores[site] = change
-                    drop = abs(change) < threshold
+                    drop = not stays[site]
                     trajectory.append({"pass": passes, "node": site.node, "change": change, "dropped": drop})
-                    if not drop:
-                        break
-                    dropped.append(site)
-                    current = float(value)
-                size = min(ahead, 2 * size) if used == len(batch) else max(1, min(ahead, 2 * used))
+                    if drop:
+                        dropped.append(site)
+                        current = value
+                    as_expected = stays[site] == stay
+                size = min(ahead, 2 * size if used == len(batch) else max(4, 2 * used, len(batch) - used))
                 done += used
                 bar.update(used)
             if len(dropped) == before:
