@@ -78,14 +78,15 @@ def aligned_pairs(model: interp.Model, task: str, n: int, seed: int) -> interp.P
 
 
 def position_names(model: interp.Model, pairs: interp.PromptPairs) -> dict[int, str]:
-    """What a reader calls each position: its token where all pairs agree, else the task's name for it."""
+    """What a reader calls each position: its token where all pairs agree, and the task's name for it."""
     encoded = model.encode(pairs)
     named = {}
     for name, places in encoded.positions.items():
         for place in {places[0][0]} if len(set(places)) == 1 else ():
             named.update({position: f"[{name}]" for position in place})
     tokens = zip(*encoded.labels, strict=False)  # [position][pair]
-    return {p: repr(seen[0]) if len(set(seen)) == 1 else named.get(p, "…") for p, seen in enumerate(tokens)}
+    agreed = [repr(seen[0]) if len(set(seen)) == 1 else "" for seen in tokens]
+    return {p: f"{token} {named.get(p, '')}".strip() or "…" for p, token in enumerate(agreed)}
 
 
 def strongest(effects: interp.Effects, component: str, names: dict[int, str]) -> list[str]:
