@@ -37,7 +37,7 @@ def keep(out: Path, name: str, figure: Any) -> None:
 def describe(circuits: dict[str, interp.Circuit], values: dict[str, float], seconds: dict[str, float]) -> list[str]:
     """What is left under each ablation, as a table, and the nodes that matter most."""
     lines = [
-        "| ablation | heads left | MLPs left | passes | tests | seconds | logit difference, whole | pruned | reversed |",
+        "| ablation | heads left | MLPs left | passes | tests | seconds | logit difference, whole | pruned | dropped later |",
         "| - |" + " -: |" * 8,
     ]
     for name, circuit in circuits.items():
@@ -47,7 +47,7 @@ def describe(circuits: dict[str, interp.Circuit], values: dict[str, float], seco
             f"| {name} | {heads} | {circuit.n_nodes - heads} | {tests[-1]['pass']} | {len(tests)} | {seconds[name]:.1f} | "
             f"{values[name]:.2f} | {circuit.meta['metric_value']:.2f} | {flips} |"
         )
-    lines += ["", "Reversed: nodes that had to stay in the first pass and could go in a later one.", ""]
+    lines += ["", "Dropped later: nodes that had to stay in the first pass and could go in a later one.", ""]
     for name, circuit in circuits.items():
         strongest = [f"{node} {change:+.2f}" for node, change in circuit.ranking()[:10]]
         lines.append(f"- {name}, strongest nodes (change when ablated): {', '.join(strongest) or 'none left'}")
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--prompt", default=None, help="a prompt of your own, instead of an indirect object")
     parser.add_argument("--answers", nargs=2, default=None, metavar=("RIGHT", "WRONG"))
     parser.add_argument("--ablation", nargs="+", default=["zero", "mean"], choices=["zero", "mean", "resample"])
-    parser.add_argument("--threshold", type=float, default=0.05, help="logits (default 0.05)")
+    parser.add_argument("--threshold", type=float, default=0.1, help="logits (default 0.1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default=None, help="float32, bfloat16, …; fp32 on a CPU")
