@@ -9,8 +9,6 @@ import html
 import math
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import webbrowser
@@ -30,8 +28,8 @@ from bokeh.resources import Resources
 
 from ..effects import write_atomically
 from ..errors import PlotError
+from .browser import Browser
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PAGE = 1240  # px that a laptop shows beside the scroll bar
 FONT = "Helvetica, Arial, sans-serif"
 INK, MUTED, RULE = "#222222", "#6b6b6b", "#c8c8c8"
@@ -114,23 +112,11 @@ class Figure:
         Raises:
             PlotError: no Chromium, or it failed; the message says what it printed.
         """
-        with tempfile.TemporaryDirectory(prefix="interp-png-", ignore_cleanup_errors=True) as folder:
-            page, image = Path(folder, "page.html"), Path(folder, "page.png")
+        with tempfile.TemporaryDirectory(prefix="interp-png-") as folder, Browser(scale=scale) as browser:
+            page = Path(folder, "page.html")
             page.write_text(self.html(), encoding="utf-8")
-            dom = _chromium(folder, "--window-size=1280,800", "--dump-dom", page.as_uri())
-            root = re.match(r"\s*(<!DOCTYPE[^>]*>)?\s*<html[^>]*>", dom, re.IGNORECASE)
-            size = dict(re.findall(r'data-(width|height|ready)="(\w+)"', root[0] if root else ""))
-            if "ready" not in size:
-                raise PlotError("the page did not finish drawing in Chromium, so no PNG was made of it")
-            width, height = int(size["width"]), int(size["height"])
-            scale = min(scale, 16000 / max(width, height))  # Chromium's limit on the side of a surface
-            _chromium(
-                folder, f"--window-size={width},{height}", f"--force-device-scale-factor={scale:g}",
-                "--hide-scrollbars", f"--screenshot={image}", page.as_uri(),
-            )  # fmt: skip
-            if not image.exists():
-                raise PlotError("Chromium ended without writing a PNG")
-            return image.read_bytes()
+            browser.open(page)
+            return browser.png()
 
     def show(self) -> None:
         """Draw inline in a notebook; elsewhere open a temporary page in the default browser.
@@ -161,13 +147,6 @@ class Figure:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return {"text/html": self._repr_html_(), "text/plain": repr(self)}
-
-
-def find_chromium() -> str | None:
-    """Path of a Chromium: $INTERP_CHROMIUM, else the first of `BROWSERS` on the PATH, else None."""
-    if chosen := os.environ.get("INTERP_CHROMIUM"):
-        return shutil.which(chosen)
-    return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def panel(x: tuple[float, float], y: tuple[float, float], width: int, height: int, title: str = "") -> figure:
@@ -260,31 +239,6 @@ def visible(token: str, length: int = 14) -> str:
     token = token.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
     token = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in token) or "∅"
     return plain(token if len(token) <= length else token[: length - 1] + "…")
-
-
-def _chromium(folder: str, *arguments: str) -> str:
-    """Run headless Chromium on a page of ours and return what it wrote to stdout."""
-    browser = find_chromium()
-    if browser is None:
-        raise PlotError(
-            "a PNG needs headless Chromium, and none was found: install Chromium or Chrome "
-            f"({', '.join(BROWSERS)}), or set INTERP_CHROMIUM to its path, or save as .html"
-        )
-    command = [
-        browser, "--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--disable-quic", "--disable-dev-shm-usage",
-        f"--user-data-dir={folder}/profile", "--virtual-time-budget=20000",
-    ]  # fmt: skip
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        command.append("--no-sandbox")  # Chromium refuses to start as root with it
-    try:
-        done = subprocess.run([*command, *arguments], capture_output=True, timeout=180)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise PlotError(f"Chromium ({browser}) could not make a PNG: {error}") from error
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-3:]
-        raise PlotError(f"Chromium ({browser}) ended with code {done.returncode}: {' | '.join(last)}")
-    return done.stdout.decode(errors="replace")
 
 
 def _in_notebook() -> bool:

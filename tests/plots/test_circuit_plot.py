@@ -214,7 +214,7 @@ def test_500_edges_in_a_browser(tmp_path: Path, chromium: str) -> None:
         page.mouse(*page.point(plot_id(figure), data["xs"][i][middle], data["ys"][i][middle]))
         assert "1 of 500" in hovered(page, strongest)
         assert not page.errors and not page.network
-        page.screenshot(tmp_path / "selected.png")
+        page.save(tmp_path / "selected.png")
 
 
 def owners(circuit: Circuit, receiver: str) -> list[str]:

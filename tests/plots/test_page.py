@@ -11,7 +11,8 @@ import pytest
 from bokeh.io import curdoc
 
 from interp.errors import PlotError
-from interp.plots.page import Figure, find_chromium, label_cells, panel, plain, told_apart, visible
+from interp.plots.browser import Browser, find_chromium
+from interp.plots.page import Figure, label_cells, panel, plain, told_apart, visible
 from tests.plots.browser import Page
 
 
@@ -55,6 +56,14 @@ def test_png_holds_the_whole_page(tmp_path: Path, chromium: str, size: tuple[int
     assert height >= 2 * size[1] + 2 * 90
     if size[0] > 1000:
         assert width < 2 * size[0] + 400  # no wider than its content
+
+
+def test_png_waits_for_a_page_that_is_slow_to_draw(tmp_path: Path, chromium: str) -> None:
+    late = "const d=document.documentElement.dataset;setTimeout(()=>{d.width=700;d.height=1900;d.ready='yes'},1500)"
+    (tmp_path / "late.html").write_text(f"<html><body><script>{late}</script></body></html>")
+    with Browser(scale=1.5) as browser:
+        browser.open(tmp_path / "late.html")
+        assert struct.unpack(">II", browser.png()[16:24]) == (1050, 2850)
 
 
 def test_png_without_a_browser_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
