@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from . import tasks
 from .effects import Effects
 from .metrics import kl, log_prob, logit_diff, prob, rank
-from .models.model import Model, load_model
+from .models.loading import load_model
+from .models.model import Model
 from .pairs import PromptPairs
 from .patching import comprehensive_activation_patching, patch
 from .paths import path_patch
@@ -79,11 +80,17 @@ __all__ = [
 ]
 
 
+#: Rooms that have more than the names above, as `interp.plots.plot_circuit_matrix`.
+_ROOMS = ("circuits", "lens", "plots")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LATER[name], __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS})

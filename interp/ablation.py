@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cells import Resolved
 from .edits import Edit
 from .effects import Effects
 from .engine.reading import encode_prompts, last_layer, packed, read_program
@@ -21,7 +22,7 @@ from .metrics import Metric, logit_diff
 from .models.model import Model
 from .models.views import features
 from .pairs import EncodedPairs, PromptPairs
-from .plan import Plan, Resolved
+from .plan import Plan
 from .sites import HEAD_KINDS
 
 MODES = ("zero", "mean", "positional_mean", "resample", "counterfactual")

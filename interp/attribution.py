@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .cells import Resolved
 from .edits import OPS
 from .effects import Effects
 from .engine.compile import compile_chunk
@@ -21,7 +22,7 @@ from .errors import PlanError
 from .metrics import Metric, logit_diff
 from .models.model import Model
 from .pairs import PromptPairs
-from .plan import Plan, Resolved
+from .plan import Plan
 from .sites import TABLE_KINDS
 
 METHODS = ("atp", "atp*", "ig", "ig-activations")

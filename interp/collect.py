@@ -178,7 +178,8 @@ def sites_of(model: Model, layer: Any, component: Any) -> tuple[tuple[str, tuple
     made: dict[str, tuple[int, str]] = {}
     for kind in kinds:
         if kind in ("pattern", "logits"):
-            raise PlanError(f"{kind!r} cannot be collected: it is no vector of each token; collect e.g. 'resid_post'")
+            instead = "use interp.lens.attention_patterns" if kind == "pattern" else "collect e.g. 'resid_post'"
+            raise PlanError(f"{kind!r} cannot be collected: it is no vector of each token; {instead}")
         for number in [None] if kind == "embed" else layers:
             site = model.require(Site(kind, layer=number))
             made[str(site)] = (-1 if site.layer is None else site.layer, kind)

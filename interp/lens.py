@@ -109,6 +109,39 @@ def logit_lens(
     return xr.Dataset(variables, coords, {"model": model.name, "revision": model.revision})
 
 
+def attention_patterns(
+    model: Model, prompt: str | Sequence[int], *, layers: Sequence[int] | int | None = None
+) -> xr.DataArray:
+    """Attention weights of every head on one prompt, whatever the attention implementation; for `plot_attention`.
+
+    Args:
+        prompt: a string, or token ids.
+        layers: counted from 0, negative from the end; None is all.
+
+    Returns:
+        DataArray (layer, head, query, key), float32, with the coordinate `token` by query; each row sums to 1, or
+        to less where the architecture has attention sinks.
+
+    Raises:
+        SiteError: a layer that does not exist. SiteUnavailableError: attention that exposes no pattern. PlanError: no
+            layer, or several prompts.
+    """
+    ids = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    if ids and not all(isinstance(token, int) for token in prompt):
+        raise PlanError("attention_patterns takes one prompt: a string, or a list of token ids")
+    encoded = encode_prompts(model, [prompt])
+    wanted = range(model.n_layers) if layers is None else [layers] if isinstance(layers, int) else layers
+    chosen = [model.require(Site("pattern", layer=layer)).layer or 0 for layer in wanted]
+    if not chosen:
+        raise PlanError("attention_patterns was given no layer")
+    reads = [(layer, "pattern") for layer in sorted(set(chosen))]
+    program = {**read_program(model, encoded.clean, reads, last=max(chosen)), "want_logits": False}
+    found = model.backend.call(model, execute, model.taps, [program], None)[0]["reads"]
+    weights = np.stack([found[layer, "pattern"][0].float().cpu().numpy() for layer in chosen])
+    coords = {"layer": chosen, "token": ("query", list(encoded.labels[0]))}
+    return xr.DataArray(weights, coords, ("layer", "head", "query", "key"), attrs={"model": model.name})
+
+
 def asked(prompts: Sequence[Sequence[int]], group: Sequence[int], places: Sequence[int]) -> list[Asked]:
     """The tokens asked for in one batch of prompts."""
     width = max(len(prompts[index]) for index in group)

@@ -8,74 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
+from .cells import EVERYWHERE, Cell, Place, Resolved, SiteFacts, checked, longest
 from .edits import Edge, Edit
-from .errors import PairsError, PlanError, SiteError
+from .errors import PlanError, SiteError
 from .pairs import EncodedPairs
 from .sites import HEAD_KINDS, KINDS, KV_KINDS, UNIT_KINDS, Site
 
 Positions = Sequence[int | str] | Mapping[str, Sequence[int]] | None
-
-
-class SiteFacts(Protocol):
-    """What a plan asks of a model; `Model` fulfils it."""
-
-    @property
-    def n_layers(self) -> int: ...
-
-    @property
-    def parallel(self) -> bool: ...
-    def heads_of(self, kind: str) -> int: ...
-    def units_of(self, kind: str) -> int: ...
-    def require(self, site: Site) -> Site: ...
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where along the prompt an edit acts: all positions, one position, fixed positions, or a named position of the pairs."""
-
-    name: str | None = None
-    at: tuple[int, ...] | None = None
-
-    def columns(self, encoded: EncodedPairs, pair: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """(clean positions, corrupted positions) in one pair, or None where the pair is too short."""
-        if self.name is not None:
-            clean, corrupted = encoded.positions[self.name][pair]
-            return clean, clean if encoded.corrupted is None else corrupted
-        assert self.at is not None
-        length = len(encoded.clean[pair])
-        if any(not -length <= position < length for position in self.at):
-            return None
-        places = tuple(position % length for position in self.at)
-        return places, places
-
-
-EVERYWHERE = Place()
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One entry of a result: its index along the plan's dims, and the edits that are made together for it."""
-
-    index: tuple[int, ...]
-    edits: tuple[tuple[Edit, Place], ...] = ()
-    edges: tuple[Edge, ...] = ()
-    #: edges whose difference also passes through the MLPs between sender and receiver
-    through_mlps: bool = False
-    #: edges that are cut, [receiver, sender] in the order of `interp.engine.edges`, or None
-    cut: Any = None
-    #: edges cut in a run that other cells share: a row branches off from it where the two first differ, or None
-    trunk: Any = None
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A plan for one model and one set of pairs: dims with their labels (pairs excluded), and cells."""
-
-    dims: tuple[tuple[str, tuple[Any, ...]], ...]
-    cells: tuple[Cell, ...]
-    spec: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -167,7 +108,7 @@ class Plan:
                         cells.append(Cell((c, la, it), ((edit, EVERYWHERE),)))
         if self.axis != "position" and not crossed:
             encoded.require_aligned("a plan over all positions")
-        return self._checked(Resolved(tuple(dims), tuple(cells), self.spec()), encoded)
+        return checked(Resolved(tuple(dims), tuple(cells), self.spec()), encoded)
 
     def _resolve_sets(self, model: SiteFacts, encoded: EncodedPairs) -> Resolved:
         cells = []
@@ -185,11 +126,11 @@ class Plan:
                         )
                 made.append((edit, place))
                 if place.at and all(place.columns(encoded, pair) is None for pair in range(len(encoded.clean))):
-                    raise SiteError(f"{site}: position {site.position}, but {_longest(encoded)}")
+                    raise SiteError(f"{site}: position {site.position}, but {longest(encoded)}")
             cells.append(Cell((index,), tuple(made)))
         if any(edit.op == "replace" or place.at for cell in cells for edit, place in cell.edits):
             encoded.require_aligned("a plan over positions")
-        return self._checked(Resolved((("component", self.components),), tuple(cells), self.spec()), encoded)
+        return checked(Resolved((("component", self.components),), tuple(cells), self.spec()), encoded)
 
     def _resolve_paths(self, model: SiteFacts, encoded: EncodedPairs) -> Resolved:
         encoded.require_aligned("path patching")
@@ -215,7 +156,7 @@ class Plan:
             edges = tuple(edge for cell in cells for edge in cell.edges)
             dims = (("sender", ("+".join(self.senders),)), ("receiver", ("+".join(self.receivers),)))
             cells = [Cell((0, 0), edges=edges, through_mlps=self.through_mlps)]
-        return self._checked(Resolved(dims, tuple(cells), self.spec()), encoded)
+        return checked(Resolved(dims, tuple(cells), self.spec()), encoded)
 
     def _edit(self, site: Site) -> Edit:
         return Edit(site) if self.edit is None else replace(self.edit, site=site)
@@ -239,7 +180,7 @@ class Plan:
                 place = Place(at=named.get(position, (position,)))
                 if all(place.columns(encoded, pair) is None for pair in range(len(encoded.clean))):
                     window = f" {position!r} = {place.at}" if position in named else f" {position}"
-                    raise SiteError(f"position{window}, but {_longest(encoded)}")
+                    raise SiteError(f"position{window}, but {longest(encoded)}")
             elif position in encoded.positions:
                 place = Place(name=position)
             else:
@@ -249,29 +190,6 @@ class Plan:
                 )
             places.append(place)
         return places, tuple(wanted)
-
-    @staticmethod
-    def _checked(resolved: Resolved, encoded: EncodedPairs) -> Resolved:
-        if not resolved.cells:
-            raise PlanError("the plan has no cells: no layer, head, unit or position is left to patch")
-        if encoded.corrupted is None:
-            return resolved
-        edits = {(edit.site.kind, edit.op, place.name) for cell in resolved.cells for edit, place in cell.edits}
-        if any(kind == "pattern" and op == "replace" for kind, op, _ in edits):
-            encoded.require_aligned("patching a pattern")
-        for kind, _, name in sorted(edits, key=str):
-            for pair, (clean, corrupted) in enumerate(encoded.positions[name] if name is not None else ()):
-                if len(clean) != len(corrupted):
-                    raise PairsError(
-                        f"position {name!r} of pair {pair} is {len(clean)} tokens in the clean prompt {clean} and "
-                        f"{len(corrupted)} in the corrupted one {corrupted}; patching needs as many in both"
-                    )
-                if kind == "pattern" and clean != corrupted:
-                    raise PlanError(
-                        f"a pattern's row attends to the positions before it, so it is patched at one position in both "
-                        f"prompts, but {name!r} of pair {pair} is at {clean} and at {corrupted}"
-                    )
-        return resolved
 
 
 def _components(components: str | Sequence[str], allowed: Sequence[str], what: str) -> tuple[str, ...]:
@@ -296,10 +214,6 @@ def _axis(values: Any, what: str) -> tuple[int, ...] | None:
     if len(set(values)) < len(values):
         raise PlanError(f"{what} are given twice: {values}")
     return values
-
-
-def _longest(encoded: EncodedPairs) -> str:
-    return f"the longest prompt has positions 0 to {max(len(prompt) for prompt in encoded.clean) - 1}"
 
 
 def _positions(positions: Positions | int | str) -> tuple[Any, tuple[tuple[str, tuple[int, ...]], ...]]:

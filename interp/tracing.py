@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from .cells import Cell, Resolved
 from .edits import Edit
 from .effects import Effects
 from .engine.reading import packed, read_program
@@ -21,7 +22,7 @@ from .errors import PairsError, PlanError
 from .metrics import Metric, prob
 from .models.model import Model
 from .pairs import EncodedPairs, PromptPairs
-from .plan import Cell, Resolved, grid
+from .plan import grid
 
 #: Components that are restored in a window of layers: one layer of them adds too little to be seen.
 WINDOWED = ("attn_out", "mlp_out")
@@ -190,7 +191,8 @@ def by_pair(effects: Effects, n: int, samples: int, average: bool) -> Effects:
     record = dict(effects.provenance)
     record["tokens"] = record["tokens"][:n]
     prompts = {key: part[:n] if isinstance(part, list) else part for key, part in record["prompts"].items()}
-    record["prompts"] = {**prompts, "corrupted": None}
+    positions = {name: at[:n] for name, at in record["prompts"]["positions"].items()}
+    record["prompts"] = {**prompts, "corrupted": None, "positions": positions}
     return Effects(
         values=values.mean("sample") if average else values,
         clean=apart(effects.clean).mean("sample"),

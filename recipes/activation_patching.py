@@ -222,10 +222,7 @@ def main(arguments: list[str] | None = None) -> Path:
     pairs = aligned_pairs(model, options.task, options.n, options.seed)
     names = position_names(model, pairs)
     effects = study.run("grid", interp.patch, pairs, interp.grid(options.components), **how)
-    legend = ", ".join(f"{position} {name[1:-1]}" for position, name in names.items() if name.startswith("["))
-    study.keep(
-        "grid", f"{options.task}: components by layer and position" + (f" ({legend})" if legend else ""), effects
-    )
+    study.keep("grid", f"{options.task}: components by layer and position", effects)
     describe(study, f"{options.task}: layers × positions", effects, names)
 
     effects = study.run("heads", interp.patch, pairs, interp.heads("z"), **how)

@@ -30,7 +30,6 @@ import pandas as pd
 import torch
 
 import interp
-import interp.plots
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SMALL = 0.02  # of all edges: what counts as a small circuit
@@ -112,21 +111,6 @@ def by_size(study: Study, pairs: interp.PromptPairs, name: str, target: float) -
     return curve.rename(columns={"n_edges": "top"}).assign(on_a_path=counts)
 
 
-def attention_patterns(model: interp.Model, prompt: str, circuit: interp.Circuit) -> dict[str, Any]:
-    """The attention weights of the circuit's heads on one prompt, and its tokens: arguments of the graph's page."""
-    encoded = model.encode(interp.PromptPairs([prompt]))
-    before = model.hf.config._attn_implementation
-    model.hf.set_attn_implementation("eager")  # the only one that returns its weights
-    try:
-        with torch.no_grad():
-            ids = torch.tensor([encoded.clean[0]], device=model.device)
-            weights = model.hf(ids, output_attentions=True).attentions
-    finally:
-        model.hf.set_attn_implementation(before)
-    patterns = {(layer, head): weights[layer][0, head].float().cpu().numpy() for layer, head in circuit}
-    return {"patterns": patterns, "tokens": encoded.labels[0]}
-
-
 def write(study: Study, lines: list[str]) -> str:
     """curves.csv and summary.md; the summary as text."""
     curves = [each.curve.assign(method=name, cpr=each.cpr, cmd=each.cmd) for name, each in study.evaluations.items()]
@@ -199,8 +183,10 @@ def main(arguments: list[str] | None = None) -> Path:
     fresh = interp.evaluate_circuit(model, others, circuit, completeness=True, minimality=5, progress=False)
     circuit.to_json(options.out / "circuit.json")
     title = f"Indirect objects: {circuit.n_edges} edges that EAP-IG found · {model.name}"
-    beside = attention_patterns(model, pairs.clean[0], circuit)
-    study.keep("circuit", interp.plot_circuit_graph(circuit, title=title, **beside))
+    seen = interp.lens.attention_patterns(model, pairs.clean[0])  # on a click on a head
+    patterns = {head: seen[head].values for head in circuit}
+    tokens = seen["token"].values.tolist()
+    study.keep("circuit", interp.plot_circuit_graph(circuit, title=title, patterns=patterns, tokens=tokens))
     strongest = circuit.top(n_edges=min(150, circuit.n_edges))
     title = f"The {strongest.n_edges} strongest edges · {model.name}"
     study.keep("matrix", interp.plots.plot_circuit_matrix(strongest, title=title))

@@ -22,7 +22,6 @@ from typing import Any
 import pandas as pd
 
 import interp
-import interp.plots
 
 
 def keep(out: Path, name: str, figure: Any) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import interp.lens
 from interp import Model, PromptPairs
-from interp.errors import MetricError, PlanError, SiteError
-from interp.lens import direct_effects, logit_lens
+from interp.errors import MetricError, PlanError, SiteError, SiteUnavailableError
+from interp.lens import attention_patterns, direct_effects, logit_lens
 from tests.families import EXPERTS, count_forwards, loaded, oracle_of, words
 from tests.oracle.hooks import Oracle, Patch
 
@@ -263,3 +263,33 @@ def test_what_is_refused() -> None:
         direct_effects(loaded("gpt2"), some_pairs(), by="layer")
     with pytest.raises(MetricError, match="answers"):
         direct_effects(loaded("gpt2"), PromptPairs(words(5)))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "llama_gqa", "gemma2", "gpt_neox", "bloom", "gpt_oss"])
+def test_attention_patterns_are_those_of_eager_attention(family: str) -> None:
+    model, (prompt,) = loaded(family), words(7)
+    before = model.hf.config._attn_implementation
+    model.hf.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            want = model.hf(torch.tensor([prompt]), output_attentions=True).attentions
+    finally:
+        model.hf.set_attn_implementation(before)
+    got = attention_patterns(model, prompt)
+    assert got.dims == ("layer", "head", "query", "key") and got.shape == (3, model.n_heads, 7, 7)
+    np.testing.assert_allclose(got.values, np.stack([layer[0].numpy() for layer in want]), atol=1e-5)
+    some = attention_patterns(model, prompt, layers=[-1, 0])
+    assert some["layer"].values.tolist() == [2, 0]
+    np.testing.assert_array_equal(some.values, got.values[[2, 0]])
+    assert some["token"].values.tolist() == list(model.encode(PromptPairs([prompt])).labels[0])
+
+
+def test_attention_patterns_refuse_what_has_none() -> None:
+    with pytest.raises(SiteUnavailableError, match="attn_implementation='eager'"):
+        attention_patterns(loaded("falcon_new", "sdpa"), words(4)[0])
+    with pytest.raises(SiteError, match="layer 3"):
+        attention_patterns(loaded("gpt2"), words(4)[0], layers=3)
+    with pytest.raises(PlanError, match="one prompt"):
+        attention_patterns(loaded("gpt2"), words(4, 4))
+    with pytest.raises(PlanError, match="no layer"):
+        attention_patterns(loaded("gpt2"), words(4)[0], layers=[])

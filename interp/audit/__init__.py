@@ -12,8 +12,10 @@ import torch
 from ..errors import AuditError, InterpError
 from ..models.model import Model
 from ..sites import KINDS
-from .checks import Finding, check_embed, check_identity, check_padding, check_writes
-from .checks import check_reads as _read_findings
+from .parts import Finding
+from .reads import check_reads as _read_findings
+from .runs import check_embed, check_identity, check_padding
+from .writes import check_writes
 
 
 @dataclass(frozen=True)

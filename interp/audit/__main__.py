@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..models.model import load_model
+from ..models.loading import load_model
 
 
 def main(arguments: list[str] | None = None) -> int:

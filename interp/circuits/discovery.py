@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..attribution import gradient_program, midpoints, step_rows
+from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edge, Edit
 from ..engine.compile import compile_chunk
 from ..engine.run import check_metric, context_of, run_plan, token_budget
@@ -22,7 +23,6 @@ from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
 from ..models.model import Model
 from ..pairs import PromptPairs
-from ..plan import EVERYWHERE, Cell, Resolved
 from .acdc import acdc
 from .circuit import Circuit
 from .nodes import Facts

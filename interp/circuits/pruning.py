@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edit
 from ..engine.reading import encode_prompts, last_layer, read
 from ..engine.run import run_plan
@@ -16,7 +17,6 @@ from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
 from ..models.model import Model
 from ..pairs import EncodedPairs, PromptPairs
-from ..plan import EVERYWHERE, Cell, Resolved
 from ..sites import Site
 from .circuit import Circuit
 from .nodes import Facts

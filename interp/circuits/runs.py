@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..cells import Cell, Resolved
 from ..effects import Effects
 from ..engine.reading import encode_prompts
 from ..engine.run import run_plan
@@ -17,7 +18,6 @@ from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
 from ..models.model import Model
 from ..pairs import EncodedPairs, PromptPairs
-from ..plan import Cell, Resolved
 from .circuit import Circuit
 from .nodes import Facts
 

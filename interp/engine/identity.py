@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..cells import Resolved
 from ..metrics import Metric
-from ..plan import Resolved
 from .rows import Context
 
 #: Packages whose releases may change the last bits of a number.

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import OPS, Edit
 from ..errors import PlanError
 from ..models.views import features
 from ..pairs import EncodedPairs
-from ..plan import EVERYWHERE, Cell, Resolved
 from ..sites import TABLE_KINDS, Site
 from . import edges
 

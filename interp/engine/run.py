@@ -16,12 +16,13 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
+from ..cells import Resolved
 from ..effects import Effects
 from ..errors import MetricError, PlanError
 from ..metrics import Batch, Metric
 from ..models.model import Model
 from ..pairs import EncodedPairs, PromptPairs
-from ..plan import Plan, Resolved
+from ..plan import Plan
 from ..seeds import current_seed
 from .backoff import run_parts
 from .checkpoint import Checkpoint, read_identity
@@ -112,6 +113,7 @@ def provenance(model: Model, encoded: EncodedPairs, pairs: PromptPairs | None, *
             "corrupted": None if encoded.corrupted is None else [list(prompt) for prompt in encoded.corrupted],
             "answers": None if encoded.answers is None else [list(tokens) for tokens in encoded.answers],
             "distractors": None if encoded.distractors is None else [list(tokens) for tokens in encoded.distractors],
+            "positions": {name: [list(clean) for clean, _ in at] for name, at in encoded.positions.items()},
         },
         "tokens": labels,
         "device": str(model.device),

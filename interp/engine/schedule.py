@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..plan import Resolved
+from ..cells import Resolved
 from .compile import Chunk, compile_chunk
 from .rows import Context, Row, make_rows
 

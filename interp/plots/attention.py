@@ -21,7 +21,8 @@ from bokeh.plotting import figure
 from bokeh.transform import transform
 
 from ..errors import PlotError
-from .page import INK, MUTED, PAGE, Figure, color_scale, label_cells, panel, told_apart, tooltip, visible
+from .labels import told_apart, visible
+from .page import INK, MUTED, PAGE, Figure, color_scale, label_cells, panel, tooltip
 
 SIDE_BY_SIDE = 4  # more heads than this are tiles beside one large panel
 
@@ -52,7 +53,7 @@ for (let h = 0; h < labels.length; h++)
 
 def plot_attention(
     pattern: Any,
-    tokens: Sequence[str],
+    tokens: Sequence[str] | None = None,
     *,
     heads: Sequence[int] | Sequence[tuple[int, int]] | None = None,
     title: str | None = None,
@@ -64,18 +65,26 @@ def plot_attention(
     What no query can attend to (the causal upper triangle, where it is all zero) stays blank.
 
     Args:
-        pattern: weights [head, query, key] or [layer, head, query, key], numpy or torch.
-        tokens: one label per position.
+        pattern: what `interp.lens.attention_patterns` gives, or weights [head, query, key] or [layer, head, query,
+            key], numpy or torch.
+        tokens: one label per position; patterns of `attention_patterns` bring their own.
         heads: indices of heads, or (layer, head) for a pattern with layers; None: all.
         title: heading of the page.
 
     Raises:
         PlotError: shapes that do not fit, heads out of range, weights outside 0–1, too many for a page.
     """
+    named = getattr(pattern, "coords", {})
+    if tokens is None and "token" not in named:
+        raise PlotError("plot_attention needs tokens, one label per position, for a pattern that brings none")
+    tokens = [str(token) for token in pattern["token"].values] if tokens is None else tokens
     weights, layered = _weights(pattern, len(tokens))
     labels = [f"head {h}" for h in range(weights.shape[1])]
+    layers = pattern["layer"].values.reshape(-1).tolist() if "layer" in named else list(range(weights.shape[0]))
     if heads is not None:
-        weights, labels = _choose(weights, heads, layered)
+        weights, labels = _choose(weights, heads, layered, layers)
+    elif layers != list(range(layers[0], layers[0] + len(layers))):
+        raise PlotError(f"layers {layers} are not consecutive: choose (layer, head) of them with heads=")
     if weights.size > MAX_WEIGHTS:
         raise PlotError(f"{weights.size:,} weights are too many for one page: choose some with heads= or fewer layers")
     n = len(tokens)
@@ -92,7 +101,8 @@ def plot_attention(
         rows = [row(*panels[i : i + across], spacing=22) for i in range(0, len(panels), across)]
         layout = column(scale, *rows, spacing=14)
     else:
-        layout = column(scale, _explorer(weights, labels, names, full, mapper, layered and heads is None), spacing=14)
+        first = layers[0] if layered and heads is None else None
+        layout = column(scale, _explorer(weights, labels, names, full, mapper, first), spacing=14)
     return Figure(layout, title or "Attention patterns", "queries down, keys across; each row is what one query reads")
 
 
@@ -111,19 +121,24 @@ def _weights(pattern: Any, n: int) -> tuple[np.ndarray, bool]:
     return weights.reshape(-1, *weights.shape[-3:]), weights.ndim == 4
 
 
-def _choose(weights: np.ndarray, heads: Sequence[Any], layered: bool) -> tuple[np.ndarray, list[str]]:
-    layers, count = weights.shape[:2]
+def _choose(
+    weights: np.ndarray, heads: Sequence[Any], layered: bool, layers: list[int]
+) -> tuple[np.ndarray, list[str]]:
+    count = weights.shape[1]
     if not len(heads):
         raise PlotError("heads is empty: name at least one, or leave it out for all")
     pairs = [h for h in heads if isinstance(h, tuple | list)]
     if pairs and (len(pairs) < len(heads) or not layered or any(len(p) != 2 for p in pairs)):
         raise PlotError(f"heads={list(heads)}: give indices, or (layer, head) for a pattern [layer, head, query, key]")
     for h in heads:
-        layer, head = h if pairs else (0, h)
-        if not (0 <= layer < layers and 0 <= head < count):
-            raise PlotError(f"head {h} is out of range: the pattern has {layers} layers of {count} heads")
+        layer, head = h if pairs else (layers[0], h)
+        if not (layer in layers and 0 <= head < count):
+            held = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+            raise PlotError(f"head {h} is out of range: the pattern has {held}, heads 0 to {count - 1}")
     if pairs:
-        return np.stack([weights[layer, head] for layer, head in pairs])[None], [f"L{a}.H{b}" for a, b in pairs]
+        return np.stack([weights[layers.index(layer), head] for layer, head in pairs])[None], [
+            f"L{a}.H{b}" for a, b in pairs
+        ]
     return weights[:, list(heads)], [f"head {h}" for h in heads]
 
 
@@ -157,9 +172,12 @@ def _explorer(
     names: list[str],
     full: list[str],
     mapper: LinearColorMapper,
-    layered: bool,
+    first: int | None,
 ) -> UIElement:
-    """All heads of one layer as tiles beside one large panel; a tap on a tile, or the widgets, choose it."""
+    """All heads of one layer (from `first`, if layers have numbers) as tiles beside one large panel.
+
+    A tap on a tile, or the widgets, choose what is drawn large.
+    """
     n, (layers, count) = len(names), weights.shape[:2]
     cell = int(np.clip(560 / n, 12, 30))
     room = PAGE - cell * n - 170  # what the large panel and its labels leave beside them
@@ -167,11 +185,12 @@ def _explorer(
     across = min(6, math.ceil(math.sqrt(count))) if beside else min(count, 12)
     tile = int(np.clip((room if beside else PAGE) / across - GAP, 46, TILE))
     overview, tiles, mark = _tiles(weights[0], labels, mapper, across, tile)
-    title = f"layer 0 · {labels[0]}" if layered else labels[0]
+    title = labels[0] if first is None else f"layer {first} · {labels[0]}"
     large, detail = _panel(weights[0, 0], title, names, full, mapper, cell)
     choices: list[str | tuple[Any, str]] = [*labels]
     head = Select(title="head", value=labels[0], options=choices, width=120, margin=0)
-    layer = Slider(title="layer", start=0, end=max(layers - 1, 1), value=0, step=1, width=240, margin=0)
+    start = first or 0
+    layer = Slider(title="layer", start=start, end=start + max(layers - 1, 1), value=start, step=1, width=240, margin=0)
     widgets: list[Any] = [layer, head] if layers > 1 else [head]
     arguments = {
         "weights": ColumnDataSource({"all": weights.reshape(-1)}), "tiles": tiles, "detail": detail,

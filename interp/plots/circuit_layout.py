@@ -17,7 +17,8 @@ from bokeh.plotting import figure
 from ..circuits import Circuit
 from ..errors import PlotError
 from ..sites import Site
-from .page import INK, MUTED, label_cells, panel, told_apart, tooltip, visible
+from .labels import told_apart, visible
+from .page import INK, MUTED, label_cells, panel, tooltip
 
 MAX_WEIGHTS = 12_000_000  # of attention patterns in one page, four bytes each
 BEND = 20  # points of a curve

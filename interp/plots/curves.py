@@ -11,7 +11,8 @@ from bokeh.models import ColumnDataSource, CustomJSTickFormatter, FixedTicker, H
 from bokeh.models.annotations import Legend, LegendItem, Span
 
 from ..errors import PlotError
-from .page import FONT, INK, MUTED, PAGE, RULE, Figure, panel, plain, tooltip
+from .labels import plain
+from .page import FONT, INK, MUTED, PAGE, RULE, Figure, panel, tooltip
 
 if TYPE_CHECKING:
     from ..circuits import Circuit, Evaluation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,24 +17,12 @@ from bokeh.transform import transform
 
 from ..effects import Effects, bootstrap
 from ..errors import PlotError
-from .page import (
-    INK,
-    MUTED,
-    PAGE,
-    Figure,
-    color_scale,
-    extent,
-    label_cells,
-    panel,
-    told_apart,
-    tooltip,
-    visible,
-)
+from .labels import coordinate, extent, position_labels, visible
+from .page import INK, MUTED, PAGE, Figure, color_scale, label_cells, panel, tooltip
 
 TOP_UNITS = 30
 MAX_UNIT_COLUMNS = 64  # more units than this are ranked, not laid out
 _CHOOSE = "choose one of the others: dataclasses.replace(effects, values=effects.values.sel(head=3))"
-VARYING = "∗"  # marks a position whose token differs between pairs
 
 
 @dataclass(frozen=True)
@@ -98,32 +85,6 @@ def diverging(n: int = 255) -> list[str]:
     return list(interp_palette(tuple(anchors), n))
 
 
-def position_labels(effects: Effects) -> tuple[list[str], list[str]]:
-    """Short and full labels of the position axis: tokens where all pairs agree, told apart where they repeat.
-
-    A token that stands at several positions carries its index (`12 ·John`), as does a position whose token
-    differs between pairs (`12 ∗`). Named positions keep their names.
-    """
-    prompts = effects.provenance.get("tokens") or []
-    positions = _coordinate(effects.values, "position")
-    short, full = [], []
-    for p in positions:
-        seen = Counter(t[p] for t in prompts if -len(t) <= p < len(t)) if isinstance(p, int) else Counter()
-        if len(seen) == 1:
-            token = next(iter(seen))
-            short.append(visible(token))
-            full.append(f"position {p} “{visible(token, 200)}”")
-        elif seen:
-            most = ", ".join(f"“{visible(token, 40)}”" for token, _ in seen.most_common(4))
-            short.append(f"{p} {VARYING}")
-            more = ", …" if len(seen) > 4 else ""
-            full.append(f"position {p}, {len(seen)} different tokens: {most}{more}")
-        else:
-            short.append(visible(str(p), 18))
-            full.append(f"position {p}")
-    return told_apart(short, positions), full
-
-
 def _view(effects: Effects, components: str | Sequence[str] | None, normalized: bool | None) -> _View:
     if normalized and effects.source is None:
         raise PlotError("these effects have no source run, so they cannot be normalised: use normalized=False")
@@ -146,15 +107,11 @@ def _view(effects: Effects, components: str | Sequence[str] | None, normalized: 
     return _View(effects, shown, values, normalized, mapper, max(3, 2 - math.floor(math.log10(end))))
 
 
-def _coordinate(values: xr.DataArray, dim: str) -> list[int | str]:
-    return values[dim].values.tolist() if dim in values.coords else list(range(values.sizes[dim]))
-
-
 def _labels(view: _View, dim: str) -> tuple[list[str], list[str]]:
     """Short labels for the axis and full ones for the hover."""
     if dim == "position":
         return position_labels(view.effects)
-    at = _coordinate(view.values, dim)
+    at = coordinate(view.values, dim)
     full = [f"{dim} {i}" if isinstance(i, int) else str(i) for i in at]
     return [visible(str(i), 18) if i != "" else "" for i in at], full
 

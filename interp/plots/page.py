@@ -8,16 +8,12 @@ from __future__ import annotations
 import html
 import math
 import os
-import re
 import sys
 import tempfile
 import webbrowser
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unicodedata import east_asian_width
 
 from bokeh.embed import file_html
 from bokeh.models import AllLabels, BasicTicker, FixedTicker, LinearColorMapper, Range1d
@@ -29,6 +25,7 @@ from bokeh.resources import Resources
 from ..effects import write_atomically
 from ..errors import PlotError
 from .browser import Browser
+from .labels import extent, plain
 
 PAGE = 1240  # px that a laptop shows beside the scroll bar
 FONT = "Helvetica, Arial, sans-serif"
@@ -214,31 +211,6 @@ def tooltip(heading: str, lines: list[tuple[str, str]]) -> str:
     style = f"font:12px {FONT};color:{INK};line-height:1.5"
     table = f"<table style='border-spacing:0;font:inherit'>{cells}</table>" if cells else ""
     return f"<div style='{style}'><div>{heading}</div>{table}</div>"
-
-
-def extent(text: str) -> float:
-    """About how many px a label of 11 px type is wide, rather too many than too few."""
-    wide = [12 if east_asian_width(c) in "WF" else 11 if c in "mwMW@%…" else 0 for c in text]
-    return sum(w or (8.5 if c.isupper() else 6.5) for w, c in zip(wide, text, strict=True))
-
-
-def told_apart(labels: list[str], indices: Sequence[object] | None = None) -> list[str]:
-    """Labels that occur more than once get their index in front: `12 ·John`."""
-    count = Counter(labels)
-    named = zip(range(len(labels)) if indices is None else indices, labels, strict=True)
-    return [f"{i} {label}" if count[label] > 1 else label for i, label in named]
-
-
-def plain(text: str) -> str:
-    """`text` with zero-width spaces where Bokeh would otherwise read TeX: `$$…$$`, `\\(…\\)`, `\\[…\\]`."""
-    return re.sub(r"\$(?=\$)|\\(?=[\[\]()])", lambda found: found[0] + "\u200b", text)
-
-
-def visible(token: str, length: int = 14) -> str:
-    """A token as a label: whitespace and control characters visible, no longer than `length`."""
-    token = token.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
-    token = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in token) or "∅"
-    return plain(token if len(token) <= length else token[: length - 1] + "…")
 
 
 def _in_notebook() -> bool:

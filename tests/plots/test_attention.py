@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from bokeh.models import ColumnDataSource, LinearColorMapper
 from bokeh.plotting import figure
 
@@ -84,13 +85,30 @@ def test_chosen_heads_of_chosen_layers() -> None:
     ]
 
 
+def test_patterns_bring_their_own_labels_and_numbers_of_layers() -> None:
+    weights = pattern(4, 6)
+    own = xr.DataArray(weights, {"layer": [2, 3, 4, 5], "token": ("query", TOKENS)}, ("layer", "head", "query", "key"))
+    first, second = panels(plot_attention(own, heads=[(5, 1), (2, 0)]))
+    assert [first.title.text, second.title.text] == ["L5.H1", "L2.H0"]
+    data = first.renderers[0].data_source.data
+    np.testing.assert_allclose(data["weight"], weights[3, 1].ravel()[data["cell"]], rtol=1e-6)
+    assert first.xaxis.major_label_overrides[2] == "·and"
+    assert plot_attention(own).layout.children[1].children[1].children[1].title.text == "layer 2 · head 0"
+    with pytest.raises(PlotError, match="layers 2 to 5, heads 0 to 5"):
+        plot_attention(own, heads=[(0, 1)])
+    with pytest.raises(PlotError, match=r"\[2, 5\] are not consecutive"):
+        plot_attention(own.sel(layer=[2, 5]))
+    with pytest.raises(PlotError, match="needs tokens"):
+        plot_attention(weights)
+
+
 @pytest.mark.parametrize(
     ("weights", "heads", "message"),
     [
         (pattern(1)[0], None, r"not of shape \(5, 5\)"),
         (pattern(2)[:, :4, :4], None, "4.*but there are 5 tokens"),
         (pattern(2) * 8 - 4, None, "not 0 and 1: are these scores before softmax"),
-        (pattern(2), [2], "head 2 is out of range: the pattern has 1 layers of 2 heads"),
+        (pattern(2), [2], "head 2 is out of range: the pattern has layer 0, heads 0 to 1"),
         (pattern(2, 2), [(0, 2)], r"head \(0, 2\) is out of range"),
         (pattern(2), [(0, 1)], r"give indices, or \(layer, head\)"),
         (pattern(2), [], "heads is empty"),

@@ -13,7 +13,8 @@ from bokeh.models import ColorBar, HoverTool, LinearColorMapper
 from interp.effects import Effects
 from interp.errors import PlotError
 from interp.plots import plot_activation_patching_results
-from interp.plots.heatmap import diverging, position_labels
+from interp.plots.heatmap import diverging
+from interp.plots.labels import position_labels
 from tests.plots.browser import Page
 from tests.plots.examples import IOI, cells, grid, labels, make, panels
 
@@ -77,6 +78,18 @@ def test_positions_whose_tokens_differ_between_pairs_are_marked() -> None:
     short, full = position_labels(effects)
     assert short == ["a", "1 ∗", "!", "?"]
     assert full[1] == "position 1, 2 different tokens: “·Mary”, “·John”"
+
+
+def test_such_a_position_has_the_name_that_all_pairs_give_it() -> None:
+    effects = make(
+        {"component": ["z"], "layer": [0], "position": [0, 1, 2]}, 2, [["a", " Mary", "x"], ["a", " John", "y"]]
+    )
+    effects.provenance["prompts"] = {
+        "positions": {"A": [[0], [0]], "S": [[1], [1]], "moves": [[1], [2]], "two": [[1, 2]] * 2}
+    }
+    short, full = position_labels(effects)
+    assert short == ["a", "1 S", "2 ∗"]
+    assert full[1] == "position 1 (S), 2 different tokens: “·Mary”, “·John”"
 
 
 def test_positions_without_tokens_and_negative_positions() -> None:

@@ -12,7 +12,8 @@ from bokeh.io import curdoc
 
 from interp.errors import PlotError
 from interp.plots.browser import Browser, find_chromium
-from interp.plots.page import Figure, label_cells, panel, plain, told_apart, visible
+from interp.plots.labels import plain, told_apart, visible
+from interp.plots.page import Figure, label_cells, panel
 from tests.plots.browser import Page
 
 
