@@ -6,9 +6,11 @@
 
 Three experiments, each written as effects (.nc), a page (.html) and, where Chromium is installed, a picture (.png):
 
-    grid    every component at every layer and position, mean over the task's pairs
-    heads   every attention head at every layer, all positions at once
-    fact    the same grid for one pair of prompts: the city of the Eiffel Tower against that of the Colosseum
+    grid        every component at every layer and position, mean over the task's pairs
+    heads       every attention head at every layer, all positions at once
+    fact        the same grid for one pair of prompts: the city of the Eiffel Tower against that of the Colosseum
+
+and a page of what the four strongest heads attend to, attention.html.
 
 A summary with the strongest cells and the times stands in summary.md and is printed; index.html links all pages.
 """
@@ -35,6 +37,7 @@ ALIGNED = {
 }
 FACT = ("The Eiffel Tower is in the city of", "The Colosseum is in the city of", [" Paris", " Rome"])
 TOP = 5
+SHOWN = 4  # heads whose attention is drawn
 
 
 @dataclass
@@ -57,15 +60,19 @@ class Study:
         return effects
 
     def keep(self, name: str, title: str, effects: interp.Effects) -> None:
-        """Write effects, page and, if there is a browser, picture."""
+        """Write effects and what is drawn of them."""
         effects.save(self.out / f"{name}.nc")
         figure = interp.plot_activation_patching_results(effects, title=f"{title} · {self.model.name}")
+        self.draw(name, title, repr(effects), figure)
+
+    def draw(self, name: str, title: str, line: str, figure: interp.plots.Figure) -> None:
+        """Write a page and, if there is a browser, a picture."""
         figure.save(self.out / f"{name}.html")
         try:
             figure.save(self.out / f"{name}.png")
         except interp.errors.PlotError as error:
             print(f"{name}: no picture beside the page: {error}")
-        self.pages.append((name, title, repr(effects)))
+        self.pages.append((name, title, line))
 
 
 def aligned_pairs(model: interp.Model, task: str, n: int, seed: int) -> interp.PromptPairs:
@@ -154,6 +161,16 @@ def fact_effects(study: Study, components: list[str], options: dict) -> tuple[in
     return effects, pairs
 
 
+def show_attention(study: Study, prompt: str | tuple[int, ...], effects: interp.Effects) -> None:
+    """What the heads with the largest effects attend to on one clean prompt."""
+    size = abs(effects.mean(normalized=True).squeeze("component", drop=True)).stack(head_of=("layer", "head"))
+    heads = [size.indexes["head_of"][index] for index in size.argsort()[::-1][:SHOWN].values]
+    patterns = interp.lens.attention_patterns(study.model, prompt)
+    title = f"What the {SHOWN} strongest heads attend to"
+    figure = interp.plot_attention(patterns, heads=heads, title=f"{title} · {study.model.name}")
+    study.draw("attention", title, f"on {prompt!r}", figure)
+
+
 def write_summary(study: Study, loading: float) -> str:
     """summary.md and index.html; the summary as text."""
     patching = sum(seconds for _, seconds, _, _ in study.times)
@@ -228,6 +245,7 @@ def main(arguments: list[str] | None = None) -> Path:
     effects = study.run("heads", interp.patch, pairs, interp.heads("z"), **how)
     study.keep("heads", f"{options.task}: attention heads", effects)
     describe(study, f"{options.task}: heads", effects, {})
+    show_attention(study, pairs.clean[0], effects)
 
     effects, pairs = fact_effects(study, options.components, how)
     study.keep("fact", "One fact: components by layer and position", effects)

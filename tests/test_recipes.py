@@ -20,6 +20,7 @@ from .plots.browser import Page
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = ("grid", "heads", "fact")
+PAGES = (*NAMES, "attention")
 
 
 def recipe(name: str) -> Any:
@@ -48,8 +49,8 @@ def results(bundled: interp.Model, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_files(results: Path) -> None:
     written = {path.name for path in results.iterdir()}
-    wanted = {f"{name}.{suffix}" for name in NAMES for suffix in ("nc", "html")} | {"index.html", "summary.md"}
-    assert written - {f"{name}.png" for name in NAMES} == wanted
+    wanted = {f"{name}.nc" for name in NAMES} | {f"{name}.html" for name in (*PAGES, "index")} | {"summary.md"}
+    assert written - {f"{name}.png" for name in PAGES} == wanted
 
 
 def test_effects_are_those_of_a_call_by_hand(results: Path, bundled: interp.Model) -> None:
@@ -83,18 +84,18 @@ def test_summary_says_what_the_effects_say(results: Path) -> None:
         assert f"- {path.name}\n" in text
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAGES)
 def test_pages_open_with_no_error_and_no_network(results: Path, chromium: str, name: str) -> None:
     with Page(results / f"{name}.html") as page:
         assert page.errors == []
         assert page.network == []
         words = " ".join(word["text"] for canvas in page.drawn() for word in canvas)
-        assert {"grid": "attn_out", "heads": "head", "fact": "iffel"}[name] in words
+        assert {"grid": "attn_out", "heads": "head", "fact": "iffel", "attention": "L23.H3"}[name] in words
 
 
 def test_index_links_every_page(results: Path) -> None:
     text = (results / "index.html").read_text()
-    for name in NAMES:
+    for name in PAGES:
         assert f'href="{name}.html"' in text
         assert (f'src="{name}.png"' in text) == (results / f"{name}.png").exists()
     assert "http" not in text
@@ -117,7 +118,7 @@ def test_recipes_use_public_names_only(path: Path) -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "interp"
     }
-    assert used <= {*interp.__all__, "errors", "plots"}
+    assert used <= {*interp.__all__, "errors", "lens", "plots"}
     modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {module for module in modules if module.split(".")[0] == "interp"}
 
