@@ -18,12 +18,9 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import ModelNotFoundError
-
-if TYPE_CHECKING:
-    from .bundled import Bundled
+from .packages import Bundled
 
 MANIFEST = "interp-manifest.json"
 #: Raised whenever the conversion changes, so that folders converted by older code are converted again.

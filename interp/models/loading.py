@@ -11,10 +11,11 @@ import nnsight
 import torch
 
 from ..errors import ArchitectureError, ModelNotFoundError
-from .bundled import BUNDLED, ensure_bundled
+from .bundled import ensure_bundled
 from .families import FAMILIES, Family, find_family
 from .infer import infer_family
 from .model import Model
+from .packages import BUNDLED
 from .views import at, matrix
 
 #: How transformers says that a folder's architecture is not one that it can load as a language model.

@@ -14,7 +14,8 @@ import pytest
 
 from interp.errors import ModelNotFoundError
 from interp.models import bundled, conversion
-from interp.models.bundled import BUNDLED, Bundled, ensure_bundled
+from interp.models.bundled import ensure_bundled
+from interp.models.packages import BUNDLED, Bundled
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_a_conversion_that_dies_leaves_nothing_behind(
 _RACER = """
 import sys, time
 from pathlib import Path
-from interp.models import bundled, conversion
+from interp.models import bundled, conversion, packages
 
 def slow(source, folder, row, progress):
     folder.mkdir()
@@ -151,7 +152,7 @@ def slow(source, folder, row, progress):
         log.write("x")
 
 conversion._dequantise = slow
-bundled.BUNDLED["toy"] = bundled.Bundled(**eval(sys.argv[1]))
+bundled.BUNDLED["toy"] = packages.Bundled(**eval(sys.argv[1]))
 while not Path(sys.argv[3]).exists():
     time.sleep(0.01)
 print(bundled.ensure_bundled("toy", progress=False))

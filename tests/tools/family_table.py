@@ -14,8 +14,8 @@ from pathlib import Path
 
 import interp
 from interp.errors import InterpError
-from interp.models.bundled import BUNDLED
 from interp.models.families import FAMILIES as ROWS
+from interp.models.packages import BUNDLED
 
 from ..families import EAGER, SUPPORTED, UNSUPPORTED, loaded
 from ..oracle.configs import FAMILIES
