@@ -138,7 +138,7 @@ def attention_patterns(
     program = {**read_program(model, encoded.clean, reads, last=max(chosen)), "want_logits": False}
     found = model.backend.call(model, execute, model.taps, [program], None)[0]["reads"]
     weights = np.stack([found[layer, "pattern"][0].float().cpu().numpy() for layer in chosen])
-    coords = {"layer": chosen, "token": ("query", list(encoded.labels[0]))}
+    coords = {"layer": chosen, "head": range(model.n_heads), "token": ("query", list(encoded.labels[0]))}
     return xr.DataArray(weights, coords, ("layer", "head", "query", "key"), attrs={"model": model.name})
 
 

@@ -40,7 +40,9 @@ def test_blocks_print_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with contextlib.redirect_stdout(shown):  # the empty lines make tracebacks name the README's own
             exec(compile("\n" * line + block, str(README), "exec"), names)
         assert shown.getvalue().splitlines() == expected(block), f"README.md, block at line {line + 1}"
-    assert {path.name for path in tmp_path.iterdir()} == {"ioi.nc", "ioi.html", "circuit.html", "circuit.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "ioi.nc", "ioi.html", "circuit.html", "circuit.json", "attention.html",
+    }  # fmt: skip
 
 
 def test_table_has_every_family_and_no_failure() -> None:
