@@ -29,7 +29,7 @@ test: $(STAMP)
 
 # pytest exits with 5 when it finds no test of a kind: not an error for these two.
 test-slow: $(STAMP)
-	$(PY) -m pytest -m "slow and not gpu and not ndif" $(ARGS) || test $$? -eq 5
+	$(PY) -m pytest -n $(JOBS) --dist load -m "slow and not gpu and not ndif" $(ARGS) || test $$? -eq 5
 
 gpu: $(STAMP)
 	$(PY) -m pytest -m gpu $(ARGS) || test $$? -eq 5
