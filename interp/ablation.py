@@ -69,6 +69,8 @@ def ablate(
         raise PlanError(f"unknown ablation {mode!r}; the modes are: {', '.join(MODES)}")
     if mode in ("zero", "counterfactual") and reference is not None:
         raise PlanError(f"mode {mode!r} uses no reference prompts; leave reference out, or take mode='mean'")
+    if plan.axis == "path":
+        raise PlanError("ablate changes activations, and this plan has edges between them; use path_patch")
     two_runs = mode in ("resample", "counterfactual")
     if not two_runs and direction != "noising":
         raise PlanError(f"mode {mode!r} has no second run, so no direction; leave direction={direction!r} out")

@@ -74,6 +74,9 @@ def attribute(
     """
     if method not in METHODS:
         raise PlanError(f"unknown attribution method {method!r}; the methods are: {', '.join(METHODS)}")
+    for name, size, least in (("verify", verify, 0), ("max_tokens", max_tokens, 1)):
+        if size is not None and size < least:
+            raise PlanError(f"{name}={size}; it is {least} or more")
     encoded = model.encode(pairs)
     check_direction(direction, encoded)
     resolved = plan.resolve(model, encoded)

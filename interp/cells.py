@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,6 +10,19 @@ from .edits import Edge, Edit
 from .errors import PairsError, PlanError
 from .pairs import EncodedPairs
 from .sites import Site
+
+
+def integers(values: Any, what: str) -> tuple[int, ...]:
+    """One whole number or several, numpy's and torch's too, as a tuple. PlanError: anything else, or one given twice."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    listed = values if hasattr(values, "__iter__") and not isinstance(values, str) else [values]
+    try:
+        made = tuple(operator.index(value) for value in listed)
+    except TypeError:
+        raise PlanError(f"{what} must be whole numbers, not {values!r}") from None
+    if len(set(made)) < len(made):
+        raise PlanError(f"{what} are given twice: {made}")
+    return made
 
 
 class SiteFacts(Protocol):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .cells import integers
 from .engine.identity import weights_digest
 from .engine.reading import last_layer, packed, read_program
 from .engine.run import token_budget
@@ -33,8 +34,8 @@ from .tokens import Text
 Collected = Tensor | dict[str, Tensor]
 #: A window holds this many batches, and no more than so many bytes of activations.
 BATCHES, WINDOW_BYTES = 32, 2**28
-#: Without patches there is nothing to save by running less at once: long batches spend least on each pass.
-CPU_BATCH = 4096
+#: Without patches there is nothing to save by running less at once; 4,096 tokens and more no longer fit a CPU's caches.
+CPU_BATCH = 2048
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def collect_activations(
     batch_tokens: int | None = None,
     max_length: int | None = None,
     keep_prefix: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     padded: bool = False,
     index: bool = False,
     stream: bool = False,
@@ -130,6 +131,12 @@ def collect_activations(
     """
     if sum((padded, stream, to_disk is not None)) > 1 or (index and (padded or to_disk is not None)):
         raise PlanError("padded, stream and to_disk exclude each other; index goes with plain and streamed results")
+    for name, size in (("batch_tokens", batch_tokens), ("max_length", max_length)):
+        if size is not None and size < 1:
+            raise PlanError(f"{name}={size}; it is 1 token or more")
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise PlanError(f"dtype={dtype!r} is no type of torch; use e.g. torch.float16")
     sites = sites_of(model, layer, component)
     budget = batch_tokens or max(token_budget(model), CPU_BATCH if model.device.type == "cpu" else 0)
     element = (dtype or model.dtype).itemsize * sum(width_of(model, kind) for _, (_, kind) in sites)
@@ -171,7 +178,9 @@ def sites_of(model: Model, layer: Any, component: Any) -> tuple[tuple[str, tuple
         SiteError, PlanError: one that cannot be collected.
     """
     kinds = [component] if isinstance(component, str) else list(component)
-    layers = [layer] if isinstance(layer, int) else list(range(model.n_layers) if layer is None else layer)
+    layers = range(model.n_layers) if layer is None else integers(layer, "layers")
+    if named := [kind for kind in kinds if "." in kind]:
+        raise PlanError(f"{named[0]!r} names a layer: give the kind of site, and layer=")
     kinds = [Site.parse(kind).kind if "hook" in kind else kind for kind in kinds]
     if not kinds or not layers:
         raise PlanError("collect_activations was given no layer or no component")
@@ -199,9 +208,9 @@ def places_of(positions: Any) -> tuple[int, ...] | None:
     """Positions as a tuple, or None for all."""
     if isinstance(positions, str):
         raise PlanError(f"positions={positions!r}; it is None, 'last', or positions as numbers")
-    if positions is None or isinstance(positions, int):
-        return None if positions is None else (positions,)
-    if not (places := tuple(int(position) for position in positions)):
+    if positions is None:
+        return None
+    if not (places := integers(positions, "positions")):
         raise PlanError("positions is empty; None is all positions")
     return places
 
@@ -219,6 +228,8 @@ def windows(request: Request, texts: Iterable[Any], bar: Any) -> Iterator[list[P
     full = 0
     with bar:
         for number, text in enumerate(texts):
+            if not isinstance(text, str) and not hasattr(text, "__iter__"):
+                raise PairsError(f"text {number} is {text!r}; texts are strings or lists of token ids: [[1, 2], [3]]")
             given = text if isinstance(text, str) else tuple(int(token) for token in text)
             prompt = prompt_of(request, number, reader.prompt("text", number, given), isinstance(text, str))
             if prompts and full + len(prompt.ids) > request.window_tokens:

@@ -130,9 +130,12 @@ class Effects:
         """Labels [position, pair] of the clean prompts; a single None where no position is an integer."""
         labels, dims = self.provenance.get("tokens") or [], self.values.dims
         positions = self.values["position"] if "position" in dims else xr.DataArray("")
-        if len(labels) != self.values.sizes["pair"] or positions.dtype.kind not in "iu":
+        places = [
+            int(p) if str(p).removeprefix("-").isdecimal() else None for p in positions.values.reshape(-1).tolist()
+        ]
+        if len(labels) != self.values.sizes["pair"] or all(p is None for p in places):
             return xr.DataArray(None)
-        rows = [[t[p] if -len(t) <= p < len(t) else None for t in labels] for p in positions.values.tolist()]
+        rows = [[t[p] if p is not None and -len(t) <= p < len(t) else None for t in labels] for p in places]
         return xr.DataArray(np.array(rows, dtype=object).reshape(len(rows), -1), dims=("position", "pair"))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -160,8 +163,8 @@ class Effects:
             raise EffectsError(f"cannot write {path}: NetCDF cannot hold these effects: {error}") from error
         try:
             write_atomically(path, data)
-        except OSError as error:
-            raise EffectsError(f"cannot write {path}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # "." has no name to write to
+            raise EffectsError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
         return path
 
     @classmethod

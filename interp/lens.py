@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from .cells import integers
 from .effects import Effects
 from .engine.compile import token_sets
 from .engine.reading import encode_prompts, packed, read_program
@@ -56,10 +57,10 @@ def logit_lens(
     if top_k < 1:
         raise PlanError(f"top_k={top_k}; ask for 1 token or more")
     encoded = encode_prompts(model, prompts)
-    wanted = range(model.n_layers) if layers is None else [layers] if isinstance(layers, int) else layers
+    wanted = range(model.n_layers) if layers is None else integers(layers, "layers")
     chosen = [model.require(Site("resid_post", layer=layer)).layer or 0 for layer in wanted]
     lengths = [len(prompt) for prompt in encoded.clean]
-    places = range(max(lengths)) if positions is None else [positions] if isinstance(positions, int) else positions
+    places = range(max(lengths)) if positions is None else integers(positions, "positions")
     for position in places:
         if not -max(lengths) <= position < max(lengths):
             raise SiteError(f"position {position}, but the longest prompt has positions 0 to {max(lengths) - 1}")
@@ -126,11 +127,10 @@ def attention_patterns(
         SiteError: a layer that does not exist. SiteUnavailableError: attention that exposes no pattern. PlanError: no
             layer, or several prompts.
     """
-    ids = isinstance(prompt, Sequence) and not isinstance(prompt, str)
-    if ids and not all(isinstance(token, int) for token in prompt):
+    if not isinstance(prompt, str) and any(isinstance(token, str) or hasattr(token, "__len__") for token in prompt):
         raise PlanError("attention_patterns takes one prompt: a string, or a list of token ids")
     encoded = encode_prompts(model, [prompt])
-    wanted = range(model.n_layers) if layers is None else [layers] if isinstance(layers, int) else layers
+    wanted = range(model.n_layers) if layers is None else integers(layers, "layers")
     chosen = [model.require(Site("pattern", layer=layer)).layer or 0 for layer in wanted]
     if not chosen:
         raise PlanError("attention_patterns was given no layer")
@@ -192,7 +192,7 @@ def direct_effects(model: Model, pairs: PromptPairs, by: str = "component") -> E
     if by not in ("component", "head", "position"):
         raise PlanError(f"by={by!r}; it is one of 'component', 'head', 'position'")
     encoded = encode_prompts(model, pairs)
-    if pairs.answers is None:
+    if not isinstance(pairs, PromptPairs) or pairs.answers is None:
         raise MetricError("direct effects are those on the answers' logits; give PromptPairs(answers=[...])")
     with_answers = PromptPairs(
         encoded.clean, None, pairs.answers, pairs.distractors, answer_positions=pairs.answer_positions, name=pairs.name

@@ -96,15 +96,21 @@ class PromptPairs:
         named = f", positions={list(self.positions)}" if self.positions else ""
         return f"PromptPairs({self.name or 'unnamed'}, {len(self)} pairs{named}, clean[0]={self.clean[0]!r})"
 
-    def __getitem__(self, which: int | slice | Sequence[int]) -> PromptPairs:
-        """The chosen pairs; an index out of range, or a choice of none, is a PairsError."""
-        every = range(len(self))
-        chosen = every[which] if isinstance(which, slice) else [which] if isinstance(which, int) else which
+    def __getitem__(self, which: int | slice | Sequence[int] | Sequence[bool]) -> PromptPairs:
+        """The chosen pairs, by number or by a mask; an index out of range, or a choice of none, is a PairsError."""
+        which = which.tolist() if hasattr(which, "tolist") else which
+        chosen: Any = (
+            range(len(self))[which] if isinstance(which, slice) else [which] if isinstance(which, int) else list(which)
+        )
+        if chosen and not isinstance(which, int) and all(isinstance(i, bool) for i in chosen):
+            if len(chosen) != len(self):
+                raise PairsError(f"a mask of {len(chosen)} for {len(self)} pairs; give one entry for each")
+            chosen = [i for i, keep in enumerate(chosen) if keep]
         for i in chosen:
             if not -len(self) <= i < len(self):
                 raise PairsError(f"there is no pair {i} among {len(self)} pairs; use 0..{len(self) - 1}")
-        parts: Any = (self.clean, self.corrupted, self.answers, self.distractors)
-        parts = [part and [part[i] for i in chosen] for part in parts]
+        every_part: Any = (self.clean, self.corrupted, self.answers, self.distractors)
+        parts = [part and [part[i] for i in chosen] for part in every_part]
         named = {key: [rows[i] for i in chosen] for key, rows in self.positions.items()}
         ats = [self.answer_positions[i] for i in chosen]
         return PromptPairs(*parts, positions=named, answer_positions=ats, name=self.name)

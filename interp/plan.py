@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .cells import EVERYWHERE, Cell, Place, Resolved, SiteFacts, checked, longest
+from .cells import EVERYWHERE, Cell, Place, Resolved, SiteFacts, checked, integers, longest
 from .edits import Edge, Edit
 from .errors import PlanError, SiteError
 from .pairs import EncodedPairs
@@ -76,7 +76,7 @@ class Plan:
             for kind in self.components[:1]
             for layer in layers
         )
-        _axis(layers, "layers")
+        integers(layers, "layers")  # -1 and the last may be the same
         places, labels = self._places(encoded)
         sizes = {kind: self._size(model, kind) for kind in self.components}
         if self.axis == "position":
@@ -147,14 +147,15 @@ class Plan:
                 edge = Edge(sender, receiver)
                 if edge.exists(model.parallel):
                     cells.append(Cell((i, j), edges=(edge,), through_mlps=self.through_mlps))
-        dims: tuple[tuple[str, tuple[Any, ...]], ...] = (("sender", self.senders), ("receiver", self.receivers))
+        senders, receivers = (tuple(site.node for site in side) for side in sides)
+        dims: tuple[tuple[str, tuple[Any, ...]], ...] = (("sender", senders), ("receiver", receivers))
         if not cells:
             raise PlanError(
                 f"no receiver of {list(self.receivers)} is downstream of any sender of {list(self.senders)}"
             )
         if self.together:
             edges = tuple(edge for cell in cells for edge in cell.edges)
-            dims = (("sender", ("+".join(self.senders),)), ("receiver", ("+".join(self.receivers),)))
+            dims = (("sender", ("+".join(senders),)), ("receiver", ("+".join(receivers),)))
             cells = [Cell((0, 0), edges=edges, through_mlps=self.through_mlps)]
         return checked(Resolved(dims, tuple(cells), self.spec()), encoded)
 
@@ -192,61 +193,66 @@ class Plan:
         return places, tuple(wanted)
 
 
-def _components(components: str | Sequence[str], allowed: Sequence[str], what: str) -> tuple[str, ...]:
-    names = (components,) if isinstance(components, str) else tuple(components)
-    kinds = tuple(Site.parse(name).kind if "hook" in name or "." in name else name for name in names)
-    for name, kind in zip(names, kinds, strict=True):
-        if kind not in KINDS:
+def _components(
+    components: Any, layers: Any, allowed: Sequence[str], what: str
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """Kinds of sites, and the layers that are asked for or that the names carry, as hook names of TransformerLens do."""
+    names = [components] if isinstance(components, str | Site) else list(components)
+    sites = []
+    for name in names:
+        bare = isinstance(name, str) and "hook" not in name and "." not in name
+        if bare and name not in KINDS:
             raise SiteError(f"unknown component {name!r}; components are: {', '.join(KINDS)}")
-        if kind not in allowed:
-            raise PlanError(f"{what} needs one of {', '.join(allowed)}, got {name!r}")
-    if not kinds:
+        sites.append(Site(str(name)) if bare else Site.parse(name))
+        if sites[-1].kind not in allowed:
+            raise PlanError(f"{what} needs one of {', '.join(allowed)}, got {str(name)!r}")
+        if sites[-1] != Site(sites[-1].kind, layer=sites[-1].layer):
+            raise PlanError(f"{what} takes whole kinds of sites, but {str(name)!r} is one place; use interp.sets")
+    if not sites:
         raise PlanError(f"{what} was given no component")
-    if len(set(kinds)) < len(kinds):
-        raise PlanError(f"{what} was given a component twice: {', '.join(kinds)}")
-    return kinds
-
-
-def _axis(values: Any, what: str) -> tuple[int, ...] | None:
-    if values is None:
-        return None
-    values = (values,) if isinstance(values, int) else tuple(int(value) for value in values)
-    if len(set(values)) < len(values):
-        raise PlanError(f"{what} are given twice: {values}")
-    return values
+    whole = [site.kind for site in sites if site.layer is None]
+    if len(set(sites)) < len(sites) or any(site.layer is not None and site.kind in whole for site in sites):
+        raise PlanError(f"{what} was given a component twice: {', '.join(map(str, names))}")
+    kinds = tuple(dict.fromkeys(site.kind for site in sites))
+    carried = {kind: tuple(site.layer for site in sites if site.kind == kind) for kind in kinds}
+    if all(found == (None,) for found in carried.values()):
+        return kinds, None if layers is None else integers(layers, "layers")
+    if layers is not None or len(set(carried.values())) > 1:
+        why = f"layers={layers} is given too" if layers is not None else f"they are not the same for all: {carried}"
+        raise PlanError(f"{what}: {', '.join(map(str, names))} name layers, but {why}; use one plan for each, or sets")
+    return kinds, tuple(layer for layer in carried[kinds[0]] if layer is not None)
 
 
 def _positions(positions: Positions | int | str) -> tuple[Any, tuple[tuple[str, tuple[int, ...]], ...]]:
     if positions is None:
         return None, ()
-    if isinstance(positions, int | str):
+    if isinstance(positions, str):
         return (positions,), ()
     if isinstance(positions, Mapping):
-        named = tuple(
-            (name, (at,) if isinstance(at, int) else tuple(int(place) for place in at))
-            for name, at in positions.items()
-        )
+        named = tuple((name, integers(at, f"positions of {name!r}")) for name, at in positions.items())
         if empty := [name for name, at in named if not at]:
             raise PlanError(f"the positions of {empty[0]!r} are empty; name at least one")
         return tuple(name for name, _ in named), named
-    positions = tuple(positions)
-    if len(set(positions)) < len(positions):
-        raise PlanError(f"positions are given twice: {positions}")
-    return positions, ()
+    positions = [positions] if not hasattr(positions, "__iter__") else positions
+    made = tuple(at if isinstance(at, str) else integers(at, "positions")[0] for at in positions)
+    if len(set(made)) < len(made):
+        raise PlanError(f"positions are given twice: {made}")
+    return made, ()
 
 
 def grid(components: str | Sequence[str], layers: Sequence[int] | int | None = None, positions: Any = None) -> Plan:
     """One cell for each component, layer and position. None = all.
 
     Args:
-        components: kinds of sites (`resid_pre`, `attn_out`, `mlp_out`, …) or TransformerLens hook names.
+        components: kinds of sites (`resid_pre`, `attn_out`, `mlp_out`, …), or TransformerLens hook names, which name their
+            layers: then `layers` is left out.
         layers: counted from 0, negative from the end.
         positions: ints (negative from the end), names of `PromptPairs(positions=…)`, or `{"name": [ints]}`, windows
-            patched together in every pair.
+            patched together in every pair. Ints and names together make all labels of the result strings.
     """
-    kinds = [kind for kind in KINDS if kind not in ("logits",)]
     places, named = _positions(positions)
-    return Plan(_components(components, kinds, "grid"), "position", _axis(layers, "layers"), None, places, named)
+    kinds, at = _components(components, layers, [kind for kind in KINDS if kind != "logits"], "grid")
+    return Plan(kinds, "position", at, None, places, named)
 
 
 def heads(
@@ -260,11 +266,11 @@ def heads(
     k, v and k_rot count key/value heads; cells of heads that a component lacks are NaN.
     """
     places, named = _positions(positions)
-    kinds = _components(components, HEAD_KINDS, "heads")
-    items = _axis(heads, "heads")
+    kinds, at = _components(components, layers, HEAD_KINDS, "heads")
+    items = None if heads is None else integers(heads, "heads")
     if items is not None and len({kind in KV_KINDS for kind in kinds}) > 1:
         raise PlanError("query heads and key/value heads cannot share one list of heads; make two plans")
-    return Plan(kinds, "head", _axis(layers, "layers"), items, places, named)
+    return Plan(kinds, "head", at, items, places, named)
 
 
 def neurons(
@@ -275,8 +281,8 @@ def neurons(
 ) -> Plan:
     """One cell for each MLP unit of one or more layers, at all positions together, or crossed with `positions`."""
     places, named = _positions(positions)
-    kinds = _components(component, UNIT_KINDS, "neurons")
-    return Plan(kinds, "unit", _axis(layer, "layers"), _axis(units, "units"), places, named)
+    kinds, at = _components(component, layer, UNIT_KINDS, "neurons")
+    return Plan(kinds, "unit", at, None if units is None else integers(units, "units"), places, named)
 
 
 def sets(members: Mapping[str, Sequence[Any]]) -> Plan:
@@ -309,4 +315,6 @@ def paths(
         if not names:
             raise PlanError(f"paths was given no {what}")
         sides.append(tuple(Site.parse(name).node for name in names))
+        if len(set(sides[-1])) < len(names):
+            raise PlanError(f"paths was given {what} twice: {', '.join(sides[-1])}")
     return Plan((), "path", senders=sides[0], receivers=sides[1], together=together, through_mlps=through_mlps)

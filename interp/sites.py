@@ -24,7 +24,7 @@ UNIT_KINDS = ("mlp_pre", "neuron")
 LAYERLESS = ("embed", "logits")
 
 _TEXT = re.compile(
-    r"^(?:L(?P<layer>\d+)(?:\.H(?P<head>\d+))?(?:\.(?P<kind>[a-z_]+))?|(?P<bare>embed|logits))"
+    r"^(?:L(?P<layer>-?\d+)(?:\.H(?P<head>\d+))?(?:\.(?P<kind>[a-z_]+))?|(?P<bare>embed|logits))"
     r"(?:\[(?P<unit>\d+)\])?(?:@(?P<position>-?\d+))?$"
 )
 _HOOKS = {

@@ -12,6 +12,7 @@ from interp import PromptPairs, Site, grid, heads, neurons, patch, sets
 from interp.ablation import MODES, ablate
 from interp.edits import Edit
 from interp.errors import PairsError, PlanError
+from interp.plan import paths
 from tests.families import HEAD_KINDS, UNIT_KINDS, allowed, has, loaded, oracle_of, words
 from tests.oracle.hooks import Oracle, Patch
 
@@ -194,6 +195,8 @@ def test_what_is_refused() -> None:
     for mode in ("mean", "positional_mean"):
         with pytest.raises(PlanError, match="mean attention pattern is not defined"):
             ablate(model, pairs, heads("pattern"), mode)
+    with pytest.raises(PlanError, match="use path_patch"):
+        ablate(model, pairs, paths("embed", "logits"))
     with pytest.raises(PlanError, match="uses no reference"):
         ablate(model, pairs, plan, "zero", reference=words(5))
     with pytest.raises(PlanError, match="no second run, so no direction"):

@@ -335,6 +335,9 @@ def test_plans_without_an_estimate(plan: Plan, method: str, error: type[Exceptio
 
 def test_runs_without_an_estimate() -> None:
     model, plan = loaded("gpt2"), interp.grid("z")
+    for option in ({"verify": -1}, {"max_tokens": 0}):
+        with pytest.raises(PlanError, match="or more"):
+            attribute(model, pairs_of(5), plan, **option)
     with pytest.raises(PlanError, match="no corrupted prompts"):
         attribute(model, PromptPairs(words(5), answers=[20], distractors=[33]), plan)
     with pytest.raises(PlanError, match="direction 'up'"):

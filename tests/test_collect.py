@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -225,6 +226,17 @@ def test_what_is_refused() -> None:
         collect_activations(model, TEXTS, 1, stream=True, padded=True)
     with pytest.raises(PlanError, match="no text"):
         collect_activations(model, [], 1)
+    for options, message in [
+        ({"component": "blocks.1.hook_mlp_out"}, "names a layer"),
+        ({"batch_tokens": -1}, "batch_tokens=-1"),
+        ({"max_length": 0}, "max_length=0"),
+        ({"dtype": "float17"}, "dtype='float17' is no type of torch"),
+    ]:
+        with pytest.raises(PlanError, match=message):
+            collect_activations(model, TEXTS, **{"layer": 1, **options})
+    with pytest.raises(PairsError, match=r"text 0 is 5; texts are strings or lists of token ids"):
+        collect_activations(model, [5, 6], 1)
+    assert collect_activations(model, TEXTS, np.int64(1), dtype="float16").dtype is torch.float16
     with pytest.raises(PlanError, match="positions='first'"):
         collect_activations(model, TEXTS, 1, positions="first")
     with pytest.raises(PairsError, match="text of pair 1 has no tokens"):

@@ -91,6 +91,8 @@ def test_round_trip_of_named_positions_shared_tokens_no_source_and_long_provenan
 def test_refusals_name_the_file_and_the_cause(tmp_path: Path) -> None:
     path = make().save(tmp_path / "good.nc")
     whole = path.read_bytes()
+    with pytest.raises(EffectsError, match=r"cannot write \."):
+        make().save(".")
     with pytest.raises(EffectsError, match=r"missing\.nc.*No such file"):
         Effects.load(tmp_path / "missing.nc")
     (tmp_path / "text.nc").write_text("not numbers")

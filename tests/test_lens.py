@@ -261,8 +261,12 @@ def model_ids(model: Model, pairs: PromptPairs) -> list[list[int]]:
 def test_what_is_refused() -> None:
     with pytest.raises(PlanError, match="by='layer'"):
         direct_effects(loaded("gpt2"), some_pairs(), by="layer")
-    with pytest.raises(MetricError, match="answers"):
-        direct_effects(loaded("gpt2"), PromptPairs(words(5)))
+    for pairs in (PromptPairs(words(5)), words(5)):
+        with pytest.raises(MetricError, match="answers"):
+            direct_effects(loaded("gpt2"), pairs)
+    with pytest.raises(PlanError, match="positions must be whole numbers, not 'subject'"):
+        logit_lens(loaded("gpt2"), words(5), positions="subject")
+    assert logit_lens(loaded("gpt2"), words(5), layers=np.int64(1), positions=np.arange(2)).sizes["position"] == 2
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "llama_gqa", "gemma2", "gpt_neox", "bloom", "gpt_oss"])
@@ -278,7 +282,7 @@ def test_attention_patterns_are_those_of_eager_attention(family: str) -> None:
     got = attention_patterns(model, prompt)
     assert got.dims == ("layer", "head", "query", "key") and got.shape == (3, model.n_heads, 7, 7)
     np.testing.assert_allclose(got.values, np.stack([layer[0].numpy() for layer in want]), atol=1e-5)
-    some = attention_patterns(model, prompt, layers=[-1, 0])
+    some = attention_patterns(model, list(np.array(prompt)), layers=[-1, 0])
     assert some["layer"].values.tolist() == [2, 0]
     np.testing.assert_array_equal(some.values, got.values[[2, 0]])
     assert some["token"].values.tolist() == list(model.encode(PromptPairs([prompt])).labels[0])

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -154,6 +155,8 @@ def test_pairs_are_chosen_joined_and_iterated(landmark):
     assert len(three) == 3 and three.name == "landmarks"
     assert three[1] == three[-1] == three[[0]] == landmark and three[:2] == landmark + landmark
     assert list(three) == [landmark] * 3
+    assert three[np.int64(1)] == landmark and three[np.array([0, 2])] == landmark + landmark
+    assert three[[True, False, False]] == three[np.array([False, True, False])] == landmark
     with pytest.raises(dataclasses.FrozenInstanceError):
         landmark.name = "other"
 
@@ -318,6 +321,8 @@ def test_choosing_joining_and_swapping_refuse_what_cannot_be(landmark):
         landmark[1]
     with pytest.raises(PairsError, match="no prompt pairs"):
         landmark[1:]
+    with pytest.raises(PairsError, match="a mask of 2 for 1 pairs"):
+        landmark[[True, False]]
     with pytest.raises(PairsError, match="only one of them has corrupted"):
         landmark + PromptPairs([CLEAN])
     with pytest.raises(PairsError, match=r"\['subject'\] and \[\]"):

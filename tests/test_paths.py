@@ -227,6 +227,13 @@ def test_sites_are_names_and_the_record_says_how_it_was_made(tmp_path: Path) -> 
         same(again, by_name)
 
 
+def test_layers_count_from_the_end_too() -> None:
+    model, pairs = loaded("llama_gqa"), pairs_of(2, 1)
+    found = path_patch(model, pairs, [interp.Site("head_out", layer=-3, head=0)], ["L-1.mlp"])
+    assert (found.values["sender"].item(), found.values["receiver"].item()) == ("L0.H0", "L2.mlp")
+    same(found, path_patch(model, pairs, ["L0.H0"], ["L2.mlp"]))
+
+
 @pytest.mark.parametrize(
     ("senders", "ends", "error", "says"),
     [

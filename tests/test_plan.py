@@ -9,7 +9,7 @@ import interp
 from interp import PromptPairs, Site, grid, heads, neurons, sets
 from interp.edits import Edit
 from interp.errors import InterpError, PairsError, PlanError, SiteError, SiteUnavailableError
-from interp.plan import Plan
+from interp.plan import Plan, paths
 from tests.families import count_forwards, loaded, words
 
 
@@ -61,8 +61,9 @@ def test_the_embedding_has_one_layer() -> None:
 
 def test_transformer_lens_names_make_the_same_plan() -> None:
     assert grid("hook_resid_pre".replace("hook_", "")) == grid("resid_pre")
-    assert heads("blocks.0.attn.hook_z") == heads("z")
-    assert grid(["blocks.3.hook_attn_out", "blocks.1.mlp.hook_post"]) == grid(["attn_out", "neuron"])
+    assert heads("blocks.0.attn.hook_z") == heads("z", layers=0)
+    both = ["blocks.3.hook_attn_out", "blocks.3.mlp.hook_post", "blocks.1.hook_attn_out", "blocks.1.mlp.hook_post"]
+    assert grid(both) == grid(["attn_out", "neuron"], layers=[3, 1])
 
 
 def test_windows_and_named_positions_are_labels() -> None:
@@ -98,6 +99,15 @@ MAKING = {
     "an unknown hook": (lambda: grid("blocks.0.hook_x"), SiteError, "no site for hook"),
     "no component": (lambda: grid([]), PlanError, "given no component"),
     "a component twice": (lambda: grid(["z", "blocks.0.attn.hook_z"]), PlanError, "component twice"),
+    "hooks at different layers": (
+        lambda: grid(["blocks.3.hook_attn_out", "blocks.1.mlp.hook_post"]),
+        PlanError,
+        "not the same",
+    ),
+    "layers twice over": (lambda: grid("blocks.3.hook_attn_out", layers=2), PlanError, "layers=2 is given too"),
+    "one head as a component": (lambda: heads("L1.H2.z"), PlanError, "one place; use interp.sets"),
+    "layers that are no integers": (lambda: grid("z", layers=[1.5]), PlanError, "whole numbers"),
+    "senders twice": (lambda: paths(["L1.H2", "L1.H2"], "logits"), PlanError, "senders twice"),
     "the logits": (lambda: grid("logits"), PlanError, "grid needs one of"),
     "heads of what has none": (lambda: heads("mlp_out"), PlanError, "heads needs one of q, k, v"),
     "units of what has none": (lambda: neurons(1, component="z"), PlanError, "neurons needs one of mlp_pre, neuron"),

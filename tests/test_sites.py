@@ -34,6 +34,7 @@ def test_the_text_forms_of_the_documentation() -> None:
     assert Site.parse("L3.H2") == Site("head_out", 3, head=2)
     assert Site.parse("L3.H1.k") == Site("k", 3, head=1)
     assert Site.parse("embed") == Site("embed")
+    assert Site.parse("L-1.H0.z") == Site("z", layer=-1, head=0) and str(Site("z", layer=-1, head=0)) == "L-1.H0.z"
     assert Site.parse(Site("q", 1)) == Site("q", 1)
 
 
@@ -77,7 +78,6 @@ def test_transformer_lens_names(hook: str, kind: str) -> None:
         "H3.z",
         "L3.H",
         "3.z",
-        "L-1.z",
         "L3.H2.z@",
         "L3.zz",
         "blocks.1.hook_nothing",

@@ -264,6 +264,8 @@ class Circuit:
         known = self.facts if facts is None else Facts.of(facts)
         if known is None:
             raise CircuitError("this circuit does not know its model's facts: pass them, or the model")
+        if self.facts is not None and self.facts != known:
+            raise CircuitError(f"this circuit is of a model with {self.facts}; it does not fit one with {known}")
         filled = np.full(known.mask.shape, np.nan)
         for edge in self._edges:
             if not known.has_edge(*edge):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..attribution import gradient_program, midpoints, step_rows
+from ..attribution import FLAT, gradient_program, midpoints, step_rows
 from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edge, Edit
 from ..engine.compile import compile_chunk
@@ -29,6 +29,8 @@ from .nodes import Facts
 from .runs import Cells
 
 METHODS = ("eap", "eap-ig", "eap-ig-activations", "exact", "acdc")
+#: What only some methods use; elsewhere it is refused rather than left aside.
+OPTIONS = {"within": ("exact", "acdc"), "threshold": ("acdc",), "checkpoint": ("exact",)}
 
 
 def discover(
@@ -55,7 +57,8 @@ def discover(
             greedy removal (Conmy et al. 2023).
         level: "edge" or "node" (heads, MLPs and the embedding).
         steps, points: interpolation of the "ig" methods; midpoints (i + ½)/steps by default.
-        within: exact and acdc: only these edges or nodes; the others of an exact circuit are absent.
+        within: exact and acdc: only these edges (at level "node" the nodes of these edges); the others of an exact
+            circuit are absent.
         threshold: acdc: an edge whose removal changes the metric by less is removed; default 0.01·|clean − corrupted|.
         checkpoint: exact: a path; finished edges are kept and a later call continues.
 
@@ -64,6 +67,9 @@ def discover(
 
     Raises:
         CircuitError, PairsError, MetricError: before the model runs.
+
+    Warns:
+        UserWarning: the metric's gradient vanishes at the base run; "exact" or "acdc" will take long.
     """
     if method not in METHODS:
         raise CircuitError(f"unknown method {method!r}; the methods are: {', '.join(METHODS)}")
@@ -75,7 +81,16 @@ def discover(
         raise CircuitError("discover corrupts edges: give PromptPairs(corrupted=[...])")
     encoded = model.encode(pairs)
     encoded.require_aligned("a circuit")
-    check_metric(metric, encoded, model.vocab_size)
+    alphas = (0.0,) if method == "eap" else tuple(points) if points is not None else midpoints(max(0, steps))
+    if not alphas:
+        raise CircuitError(f"{method} needs interpolation points: steps={steps}, points={points}; give 1 or more")
+    given = {"within": within, "threshold": threshold, "checkpoint": checkpoint}
+    for name, methods in OPTIONS.items():
+        if given[name] is not None and method not in methods:
+            raise CircuitError(f"{name}= is of no use to method={method!r}; it goes with {' and '.join(methods)}")
+    if max_tokens is not None and max_tokens < 1:
+        raise CircuitError(f"max_tokens={max_tokens}; a batch holds 1 token or more")
+    check_metric(metric, encoded, model.vocab_size, gradient=method not in ("exact", "acdc"))
     facts = Facts.of(model)
     meta: dict[str, Any] = {
         "model": model.name,
@@ -91,7 +106,6 @@ def discover(
     if method == "exact":
         options = {"max_tokens": max_tokens, "progress": progress, "checkpoint": checkpoint}
         return exact(model, pairs, level, metric, within, meta, facts, **options)
-    alphas = (0.0,) if method == "eap" else tuple(points) if points is not None else midpoints(steps)
     meta["points"] = list(alphas)
     matrices = edge_attributions(model, pairs, metric, method, alphas, max_tokens or token_budget(model), progress)
     if level == "node":
@@ -129,6 +143,7 @@ def edge_attributions(
     steps = 0 if method == "eap" else len(alphas)
     groups = sender_groups(model) if method == "eap-ig-activations" else [None]
     blocks = pack_pairs(order, lengths, 2 + steps, budget)
+    moved = 0.0
     shown = progress if progress is not None else None
     for block in tqdm(blocks, disable=None if shown is None else not shown, desc=method, unit="block"):
         width = max(lengths[pair] for pair in block)
@@ -141,13 +156,21 @@ def edge_attributions(
             if steps:
                 first = 2 * len(block)
                 program["gradient"] = first + torch.arange(len(block) * steps).reshape(len(block), steps)
-            found = model.backend.call(model, execute_gradients, model.taps, [program], metric)[0]["edges"]
-            scores = found.float().cpu().numpy().transpose(0, 2, 1)
+            found = model.backend.call(model, execute_gradients, model.taps, [program], metric)[0]
+            ends = found["metric"][: 2 * len(block)].float().cpu()
+            moved = max(moved, float((ends[1::2] - ends[::2]).abs().max()))
+            scores = found["edges"].float().cpu().numpy().transpose(0, 2, 1)
             if group is None:
                 out[block] = scores
             else:
                 chosen = group_senders(model, group)
                 out[np.ix_(block, chosen)] = scores[:, chosen]
+    if float(np.abs(out[..., -1]).max()) <= FLAT * moved:  # the edges into the logits: the metric's own gradient
+        warnings.warn(
+            f"the gradient of {getattr(metric, '__name__', metric)} vanishes where {method} takes it (KL's does at the "
+            "clean run), so that its scores mean nothing; use method='eap-ig', or another metric",
+            stacklevel=3,
+        )
     return out
 
 

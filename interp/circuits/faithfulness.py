@@ -90,9 +90,12 @@ def evaluate_circuit(
     Raises:
         CircuitError, PairsError, MetricError: before the model runs.
     """
+    fractions = sorted(FRACTIONS if fractions is None else fractions)
+    if not fractions or not 0 <= fractions[0] <= fractions[-1] <= 1:
+        raise CircuitError(f"fractions={list(fractions)}; give sizes between 0 and 1, parts of all {circuit.level}s")
     facts = Facts.of(model)
     total = facts.n_edges if circuit.level == "edge" else len(facts.senders) - 1
-    whole, sizes = circuit.matrix(facts), _sizes(circuit, fractions or FRACTIONS, total)
+    whole, sizes = circuit.matrix(facts), _sizes(circuit, fractions, total)
     masks = _largest(circuit, sizes, absolute, facts)
     nothing = np.zeros_like(whole)
     rest = [facts.mask & ~whole] if completeness else []

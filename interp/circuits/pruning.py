@@ -36,7 +36,7 @@ def iterative_pruning(
     *,
     pairs: PromptPairs | None = None,
     metric: Metric = logit_diff,
-    components: Sequence[str] = ("head", "mlp"),
+    components: str | Sequence[str] = ("head", "mlp"),
     reference: Any = None,
     ahead: int = MOST_AHEAD,
     max_tokens: int | None = None,
@@ -66,13 +66,18 @@ def iterative_pruning(
     if pairs is None:
         if prompt is None or answer_tokens is None:
             raise CircuitError("iterative_pruning needs a prompt and answer_tokens=[right, wrong], or pairs=")
+        if isinstance(answer_tokens, str) or len(answer_tokens) not in (1, 2):
+            raise CircuitError(f"answer_tokens={answer_tokens!r}; give [right, wrong], or [right]")
         right, *wrong = answer_tokens
         pairs = PromptPairs([prompt], None, [right], wrong[:1] or None)
     if ablation_type not in ABLATION_TYPES:
         raise CircuitError(f"unknown ablation_type {ablation_type!r}; the types are: {', '.join(ABLATION_TYPES)}")
+    if ahead < 1:
+        raise CircuitError(f"ahead={ahead}; try 1 node at a time or more")
     swap = ablation_type in ("resample", "counterfactual")
     if swap and pairs.corrupted is None:
         raise CircuitError(f"ablation_type={ablation_type!r} needs corrupted prompts; give pairs with them")
+    components = (components,) if isinstance(components, str) else tuple(components)
     unknown = set(components) - {"head", "mlp"}
     if unknown or not components:
         raise CircuitError(f"components {list(components)}; they are 'head' and 'mlp'")

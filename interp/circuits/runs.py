@@ -58,8 +58,17 @@ def reference_of(model: Model, pairs: PromptPairs, ablation: str, reference: Any
     if ablation == "zero":
         return "zero"
     prompts = encode_prompts(model, pairs if reference is None else reference).clean
-    if ablation == "positional_mean" and len({len(prompt) for prompt in prompts}) > 1:
-        raise CircuitError("positional_mean needs reference prompts of one length; use ablation='mean'")
+    if ablation == "positional_mean":
+        length, *others = sorted({len(prompt) for prompt in model.encode(pairs).clean})
+        shortest = min(map(len, prompts))
+        if others or shortest < length:
+            found = f"pairs of {[length, *others]} tokens" if others else f"a reference prompt of {shortest} tokens"
+            raise CircuitError(
+                f"positional_mean needs pairs of one length and references at least as long; here are {found}"
+                + ("" if others else f" for pairs of {length}")
+                + "; use ablation='mean'"
+            )
+        prompts = tuple(prompt[:length] for prompt in prompts)  # what follows does not change what came before
     from ..engine.reading import read_program
 
     total: torch.Tensor | None = None
@@ -121,7 +130,7 @@ def run_masks(
 def run_circuit(
     model: Model,
     pairs: PromptPairs,
-    circuit: Circuit,
+    circuit: Circuit | Sequence[Any],
     ablation: str = "counterfactual",
     metric: Metric = logit_diff,
     **options: Any,
@@ -129,6 +138,7 @@ def run_circuit(
     """The metric of a circuit with all else ablated, per pair `[pair]`.
 
     Args:
+        circuit: a Circuit, or kept heads and MLPs: names, or (layer, head).
         ablation: what cut edges carry: "counterfactual" (the corrupted run's contributions), "mean" or
             "positional_mean" (over the pairs' clean prompts, or `reference=` prompts), "zero".
 
@@ -137,5 +147,7 @@ def run_circuit(
     """
     prompts = options.pop("reference", None)
     reference = reference_of(model, pairs, ablation, prompts)
+    if not isinstance(circuit, Circuit):
+        circuit = Circuit.from_nodes(circuit, model)
     found = run_masks(model, pairs, [circuit.matrix(model)], ablation, metric, reference=reference, **options)
     return found.values.values[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -52,7 +54,10 @@ def make_backend(name: Any, source: Any) -> Backend:
     if name == "simulated":
         from .simulated import Simulated
 
-        return Simulated(source)
+        here = Path(source).expanduser() if isinstance(source, str | os.PathLike) else None
+        return Simulated(
+            here.resolve() if here is not None and here.is_dir() else source
+        )  # the worker has a folder of its own
     if name == "ndif" or str(name).startswith(("http://", "https://")):
         from .ndif import Ndif
 

@@ -62,7 +62,17 @@ def load_model(
     source: Any = model
     if isinstance(model, torch.nn.Module):
         name = _in_memory(model)
-        tokenizer = tokenizer or _ids_only(int(hf.config.get_text_config().vocab_size))
+        told = {"device": device, "dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+        unused = [name for name, value in {**told, "revision": revision, **options}.items() if value is not None]
+        if unused:
+            raise ArchitectureError(
+                f"{unused[0]}= does not go with a module in memory, which is used as it is: change the module before "
+                "(.to(...), from_pretrained(...)), or give its folder or hub id"
+            )
+        if prefix and tokenizer is None:
+            raise ArchitectureError(
+                f"prefix={prefix!r} needs the module's tokenizer: load_model(module, tokenizer=...)"
+            )
     elif name in BUNDLED:
         entry = BUNDLED[name]
         prefix = entry.prefix if prefix is None else prefix
@@ -79,7 +89,8 @@ def load_model(
     hf.eval()
     family = _row(name, hf).for_config(hf.config)
     if nn is None:
-        nn = nnsight.TransformersModel(hf, tokenizer=tokenizer, task="text-generation")
+        known = tokenizer or _ids_only(int(hf.config.get_text_config().vocab_size))
+        nn = nnsight.TransformersModel(hf, tokenizer=known, task="text-generation")
     loaded = Model(
         name=name,
         hf=hf,
@@ -193,6 +204,8 @@ def _from_pretrained(
                 f"{source} is not a model folder (no config.json); give a folder written by save_pretrained, a hub "
                 f"id, or a bundled name: {', '.join(BUNDLED)}"
             )
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ArchitectureError(f"dtype={dtype!r} is no type of torch; use 'float32', 'bfloat16', 'auto', …")
     common = {} if revision is None else {"revision": revision}
     if attn_implementation is not None:
         options = {**options, "attn_implementation": attn_implementation}

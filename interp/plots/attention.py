@@ -110,7 +110,13 @@ def _weights(pattern: Any, n: int) -> tuple[np.ndarray, bool]:
     """A float32 copy [layer, head, query, key], and whether the pattern had layers."""
     if hasattr(pattern, "detach"):
         pattern = pattern.detach().float().cpu().numpy()  # numpy has no bf16
-    weights = np.array(pattern, dtype=np.float32)
+    try:
+        weights = np.array(pattern, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise PlotError(
+            f"plot_attention draws numbers, not a {type(pattern).__name__}: give interp.lens.attention_patterns(model, "
+            "prompt), or weights [head, query, key]"
+        ) from None
     if weights.ndim not in (3, 4) or 0 in weights.shape:
         raise PlotError(f"a pattern is [head, query, key] or [layer, head, query, key], not of shape {weights.shape}")
     if weights.shape[-2:] != (n, n):

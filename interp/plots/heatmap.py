@@ -22,7 +22,6 @@ from .page import INK, MUTED, PAGE, Figure, color_scale, label_cells, panel, too
 
 TOP_UNITS = 30
 MAX_UNIT_COLUMNS = 64  # more units than this are ranked, not laid out
-_CHOOSE = "choose one of the others: dataclasses.replace(effects, values=effects.values.sel(head=3))"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,10 @@ def plot_activation_patching_results(
     names = [str(name) for name in view.values["component"].values]
     axes = [str(d) for d in view.values.dims if d not in ("component", "pair")]
     if len(axes) > 2 or not axes:
-        raise PlotError(f"cannot draw dims {effects.values.dims}: two besides component and pair; {_CHOOSE}")
+        raise PlotError(
+            f"cannot draw dims {effects.values.dims}: two besides component and pair; choose one of the others: "
+            f"dataclasses.replace(effects, values=effects.values.isel({axes[-1] if axes else 'component'}=0))"
+        )
     if "unit" in axes and view.values.sizes["unit"] > MAX_UNIT_COLUMNS:
         panels, across = [_bars(view, name) for name in names], 2
     elif len(axes) == 1:  # the components themselves are the second axis
@@ -95,6 +97,8 @@ def _view(effects: Effects, components: str | Sequence[str] | None, normalized: 
         name = str(values["component"].item()) if "component" in values.coords else ""
         shown, values = (a.drop_vars("component", errors="ignore") for a in (shown, values))
         shown, values = (a.expand_dims(component=[name]) for a in (shown, values))
+    if set(values.dims) == {"component", "pair"}:  # named sets: one column
+        shown, values = (a.expand_dims({"set": [""]}) for a in (shown, values))
     known = [str(name) for name in values["component"].values]
     names = [components] if isinstance(components, str) else known if components is None else list(components)
     if not names or (unknown := [name for name in names if name not in known]):
@@ -173,7 +177,7 @@ def _heatmap(view: _View, component: str | None, y: str, x: str, size: tuple[int
         plot.add_tools(told)
     label_cells(plot, columns, rows, width, height)
     plot.yaxis.axis_label = None if y == "component" else y
-    plot.xaxis.axis_label = None if x in ("position", "component") else x
+    plot.xaxis.axis_label = None if x in ("position", "component", "set") else x
     return plot
 
 

@@ -49,8 +49,9 @@ def _names(effects: Effects) -> dict[int, str]:
 
 
 def coordinate(values: xr.DataArray, dim: str) -> list[int | str]:
-    """The labels of a dim, or their numbers where it has none."""
-    return values[dim].values.tolist() if dim in values.coords else list(range(values.sizes[dim]))
+    """The labels of a dim, or their numbers where it has none; numbers among names are strings that say them."""
+    labels = values[dim].values.tolist() if dim in values.coords else list(range(values.sizes[dim]))
+    return [int(at) if isinstance(at, str) and at.removeprefix("-").isdecimal() else at for at in labels]
 
 
 def extent(text: str) -> float:

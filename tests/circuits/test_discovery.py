@@ -247,6 +247,20 @@ def test_what_cannot_be_discovered_is_refused_before_the_model_runs() -> None:
     ]:
         with pytest.raises(CircuitError, match=message):
             discover(model, pairs, *arguments)
+    few = Circuit.from_edges([("embed", "logits")], model)
+    for options, message in [
+        ({"method": "eap-ig", "steps": 0}, "eap-ig needs interpolation points: steps=0"),
+        ({"method": "eap-ig-activations", "points": []}, "needs interpolation points"),
+        ({"method": "eap", "within": few}, "within= is of no use to method='eap'; it goes with exact and acdc"),
+        ({"method": "exact", "threshold": 0.1}, "threshold= is of no use.*acdc"),
+        ({"method": "acdc", "checkpoint": "x"}, "checkpoint= is of no use.*exact"),
+        ({"method": "eap", "max_tokens": 0}, "max_tokens=0"),
+        ({"method": "exact", "within": Circuit.from_edges([("embed", "logits")], loaded("llama_gqa"))}, "does not fit"),
+    ]:
+        with pytest.raises(CircuitError, match=message):
+            discover(model, pairs, **options)
+    with pytest.raises(MetricError, match="gradient"):
+        discover(model, pairs, "eap", metric=interp.rank)
     short, long = words(5, 6)
     with pytest.raises(PairsError, match="length"):
         discover(model, PromptPairs([short], [long], [5], [8]))
@@ -256,6 +270,16 @@ def test_what_cannot_be_discovered_is_refused_before_the_model_runs() -> None:
         discover(model, PromptPairs([short], [short[::-1]], [5]))
     stop()
     assert not seen
+
+
+def test_kl_has_no_gradient_at_the_clean_run_and_says_so() -> None:
+    model, pairs = loaded("gpt2"), two_pairs()
+    with pytest.warns(UserWarning, match="gradient of kl vanishes where eap takes it"):
+        discover(model, pairs, "eap", metric=interp.kl, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        discover(model, pairs, "eap-ig", metric=interp.kl, progress=False)
+        discover(model, pairs, "eap", progress=False)
 
 
 def test_gradients_find_the_strongest_edges_of_a_random_model() -> None:

@@ -86,6 +86,34 @@ def test_means_can_be_over_other_prompts() -> None:
     assert not np.allclose(found, run_circuit(model, pairs, circuit, "mean", progress=False), atol=1e-3)
 
 
+def test_positional_means_can_be_over_longer_prompts() -> None:
+    model, oracle, pairs, others = loaded("gpt2"), oracle_of("gpt2"), two_pairs(6, 6), words(8, 7, seed=5)
+    circuit = discover(model, pairs, "eap", progress=False).top(n_edges=60)
+    removed = sorted(set(all_edges(oracle)) - set(circuit.edges))
+    found = run_circuit(model, pairs, circuit, "positional_mean", reference=others, progress=False)
+    runs = [contributions(oracle, prompt) for prompt in others]
+    means = {name: torch.stack([run[name][:6] for run in runs]).mean(0) for name in runs[0]}
+    for i, clean in enumerate(pairs.clean):
+        logits = cut(oracle, clean, means, removed)
+        assert abs(found[i] - float(difference(logits, i))) <= allowed(logits)
+
+
+def test_fractions_in_any_order_give_the_same_areas() -> None:
+    model, pairs = loaded("gpt2"), two_pairs()
+    circuit = discover(model, pairs, "eap", progress=False)
+    one, other = (
+        evaluate_circuit(model, pairs, circuit, fractions=f, progress=False) for f in ([0.5, 0.1], [0.1, 0.5])
+    )
+    assert one.curve.equals(other.curve) and (one.cpr, one.cmd) == (other.cpr, other.cmd) and one.cmd >= 0
+
+
+def test_a_circuit_can_be_a_list_of_heads() -> None:
+    model, pairs = loaded("gpt2"), two_pairs()
+    circuit = Circuit.from_nodes(["L0.H1", "L2.H0"], model)
+    found = run_circuit(model, pairs, [(0, 1), (2, 0)], progress=False)
+    np.testing.assert_array_equal(found, run_circuit(model, pairs, circuit, progress=False))
+
+
 @pytest.mark.parametrize("family", NAMED)
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_the_whole_model_is_faithful_and_the_empty_circuit_is_not(family: str, ablation: str) -> None:
@@ -249,8 +277,15 @@ def test_what_cannot_be_evaluated_is_refused() -> None:
         run_circuit(model, pairs, circuit, "median")
     with pytest.raises(CircuitError, match="corrupted"):
         evaluate_circuit(model, PromptPairs(pairs.clean, None, [5, 6], [8, 9]), circuit)
-    with pytest.raises(CircuitError, match="one length"):
+    with pytest.raises(CircuitError, match=r"one length.*pairs of \[5, 6\] tokens"):
         run_circuit(model, pairs, circuit, "positional_mean")
+    with pytest.raises(CircuitError, match="a reference prompt of 4 tokens for pairs of 6"):
+        run_circuit(model, two_pairs(6, 6), circuit, "positional_mean", reference=words(7, 4))
+    with pytest.raises(CircuitError, match=r"2 key/value heads; it does not fit one with"):
+        run_circuit(model, pairs, discover(loaded("llama_gqa"), pairs, "eap", progress=False))
+    for fractions in ([1.5], [-0.2, 0.5], []):
+        with pytest.raises(CircuitError, match="between 0 and 1"):
+            evaluate_circuit(model, pairs, circuit, fractions=fractions)
     same = PromptPairs(pairs.clean, pairs.clean, [5, 6], [8, 9])
     with pytest.raises(CircuitError, match="no scale"):
         evaluate_circuit(model, same, circuit, progress=False)

@@ -211,6 +211,9 @@ def test_what_cannot_be_pruned_is_refused_before_the_model_runs() -> None:
         ({"pairs": alone, "ablation_type": "resample"}, "corrupted"),
         ({"pairs": pairs, "components": ("neuron",)}, "neuron"),
         ({"pairs": pairs, "components": ()}, "components"),
+        ({"pairs": pairs, "components": "neuron"}, r"components \['neuron'\]"),
+        ({"pairs": pairs, "ahead": 0}, "ahead=0"),
+        ({"prompt": pairs.clean[0], "answer_tokens": "John"}, r"answer_tokens='John'; give \[right, wrong\]"),
     ]:
         with pytest.raises(CircuitError, match=message):
             iterative_pruning(model, **options)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import interp
 from interp import PromptPairs, Site
-from interp.errors import ArchitectureError, AuditError, BackendError, InterpError, ModelNotFoundError, PairsError
+from interp.errors import ArchitectureError, AuditError, BackendError, ModelNotFoundError, PairsError
 from tests.families import SUPPORTED, UNSUPPORTED, count_forwards, loaded, oracle_of, words
 from tests.oracle.configs import tiny
 
@@ -50,8 +50,43 @@ def test_without_a_tokenizer_prompts_are_token_ids() -> None:
     model = interp.load_model(hf)
     pairs = PromptPairs(words(6), words(6, seed=1), [20], [30])
     assert interp.patch(model, pairs, interp.grid("z", layers=[0])).provenance["tokens"][0][0].startswith("<")
-    with pytest.raises(InterpError):
-        interp.patch(model, PromptPairs(["Mary went"], ["John went"], ["home"], ["out"]), interp.grid("z"))
+    assert model.tokenizer is None
+    with pytest.raises(
+        PairsError, match=r"the model has no tokenizer; give token ids, or load_model\(..., tokenizer=\)"
+    ):
+        interp.patch(model, PromptPairs(["Mary went"], ["John went"], [20], [30]), interp.grid("z"))
+    with pytest.raises(PairsError, match="no tokenizer"):
+        interp.patch(model, PromptPairs(words(6), words(6, seed=1), ["home"], ["out"]), interp.grid("z"))
+    with pytest.raises(PairsError, match="no tokenizer"):
+        interp.collect_activations(model, ["Mary went"], layer=0, component="mlp_out")
+    with pytest.raises(ArchitectureError, match="needs the module's tokenizer"):
+        interp.load_model(hf, prefix="<bos>")
+
+
+@pytest.mark.parametrize("option", [{"dtype": "bfloat16"}, {"device": "cpu"}, {"revision": "main"}, {"token": "x"}])
+def test_a_module_in_memory_takes_no_options_of_loading(option: dict[str, str]) -> None:
+    with pytest.raises(ArchitectureError, match=f"{next(iter(option))}= does not go with a module in memory"):
+        interp.load_model(tiny("gpt2")[0], **option)
+
+
+def test_an_unknown_dtype_is_told(tmp_path: Path) -> None:
+    hf, tokenizer = tiny("gpt2")
+    hf.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ArchitectureError, match="dtype='foo' is no type of torch"):
+        interp.load_model(tmp_path, dtype="foo")
+
+
+def test_a_relative_folder_is_found_by_the_worker_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf, tokenizer = tiny("gpt2")
+    hf.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    pairs, plan = PromptPairs(words(6), words(6, seed=1), [20], [30]), interp.grid("z", layers=[0])
+    here, there = (
+        interp.patch(interp.load_model("model", backend=name), pairs, plan) for name in ("local", "simulated")
+    )
+    assert there.values.equals(here.values)
 
 
 def test_a_folder_gives_the_model_that_was_saved(tmp_path: Path) -> None:

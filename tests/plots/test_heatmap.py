@@ -190,6 +190,19 @@ def test_tiny_effects_keep_their_digits_in_the_hover() -> None:
     assert "@mean{0.0000000}" in tip
 
 
+def test_named_sets_are_one_column(tmp_path: Path) -> None:
+    (plot,) = panels(plot_activation_patching_results(make({"component": ["movers", "inhibitors"]})))
+    data = plot.renderers[0].data_source.data
+    assert data["x"].tolist() == [0, 0] and data["y"].tolist() == [0, 1]
+    assert list(plot.yaxis.major_label_overrides.values()) == ["movers", "inhibitors"]
+
+
+def test_positions_by_number_and_by_name_together() -> None:
+    effects = make({"component": ["z"], "layer": [0], "position": ["0", "end", "-1"]}, 1, [["a", "b"]])
+    assert position_labels(effects)[0] == ["a", "end", "b"]
+    assert effects.to_dataframe()["token"].tolist() == ["a", None, "b"]
+
+
 def test_refusals() -> None:
     effects = grid()
     with pytest.raises(PlotError, match="no component attn_out; the effects have resid_pre, mlp_out"):
@@ -198,7 +211,7 @@ def test_refusals() -> None:
         plot_activation_patching_results(effects, [])
     with pytest.raises(PlotError, match="no source run"):
         plot_activation_patching_results(Effects(effects.values, effects.clean), normalized=True)
-    with pytest.raises(PlotError, match="choose one of the others"):
+    with pytest.raises(PlotError, match=r"choose one of the others: .*isel\(position=0\)"):
         plot_activation_patching_results(make({"component": ["z"], "layer": [0], "head": [0], "position": [0]}))
 
 
