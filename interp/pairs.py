@@ -99,18 +99,17 @@ class PromptPairs:
     def __getitem__(self, which: int | slice | Sequence[int] | Sequence[bool]) -> PromptPairs:
         """The chosen pairs, by number or by a mask; an index out of range, or a choice of none, is a PairsError."""
         which = which.tolist() if hasattr(which, "tolist") else which
-        chosen: Any = (
-            range(len(self))[which] if isinstance(which, slice) else [which] if isinstance(which, int) else list(which)
-        )
-        if chosen and not isinstance(which, int) and all(isinstance(i, bool) for i in chosen):
+        which = range(len(self))[which] if isinstance(which, slice) else which
+        chosen = [which] if isinstance(which, int) else list(which)
+        if not isinstance(which, int) and chosen and all(isinstance(i, bool) for i in chosen):
             if len(chosen) != len(self):
                 raise PairsError(f"a mask of {len(chosen)} for {len(self)} pairs; give one entry for each")
             chosen = [i for i, keep in enumerate(chosen) if keep]
         for i in chosen:
             if not -len(self) <= i < len(self):
                 raise PairsError(f"there is no pair {i} among {len(self)} pairs; use 0..{len(self) - 1}")
-        every_part: Any = (self.clean, self.corrupted, self.answers, self.distractors)
-        parts = [part and [part[i] for i in chosen] for part in every_part]
+        whole: Any = (self.clean, self.corrupted, self.answers, self.distractors)
+        parts = [part and [part[i] for i in chosen] for part in whole]
         named = {key: [rows[i] for i in chosen] for key, rows in self.positions.items()}
         ats = [self.answer_positions[i] for i in chosen]
         return PromptPairs(*parts, positions=named, answer_positions=ats, name=self.name)
@@ -298,5 +297,4 @@ def _sides(key: str, i: int, entry: Any, has_corrupted: bool) -> Sides:
     entry = entry if isinstance(entry, Mapping) else dict.fromkeys(needed, entry)
     if not set(needed) <= set(entry) <= {"clean", "corrupted"}:
         raise PairsError(f"positions[{key!r}] of pair {i} has the sides {list(entry)}; give {list(needed)}")
-    what = f"positions[{key!r}]"
-    return {side: at if isinstance(at := entry[side], str) else _ints(what, i, at) for side in needed}
+    return {s: at if isinstance(at := entry[s], str) else _ints(f"positions[{key!r}]", i, at) for s in needed}
