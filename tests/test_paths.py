@@ -128,6 +128,18 @@ def test_all_edges_together(family: str, through_mlps: bool) -> None:
         assert abs(want - float(naive.base[pair])) > 1e-3
 
 
+@pytest.mark.parametrize("family", SOME)
+def test_an_mlp_that_sends_at_one_position_passes_on_changes_at_the_others(family: str) -> None:
+    model, pairs, senders = loaded(family), pairs_of(2, 1), ("embed", "L0.H1", "L1.mlp@3")
+    options = {"together": True, "through_mlps": True}
+    found = path_patch(model, pairs, senders, ["L2.H0.q", "logits"], **options)
+    whole = path_patch(model, pairs, ("embed", "L0.H1", "L1.mlp"), ["L2.H0.q", "logits"], **options)
+    for pair in (0, 1):
+        want, tolerance = by_hand(family, pairs, pair, "noising", senders, ["L2.H0.q", "logits"], True)
+        assert float(found.values[0, 0, pair]) == pytest.approx(want, abs=tolerance)
+    assert float(abs(found.values.values - whole.values.values).max()) > 1e-3
+
+
 def same(found: Effects, expected: Effects) -> None:
     scale = max(1.0, float(abs(expected.values).max()))
     np.testing.assert_allclose(found.values.values, expected.values.values, rtol=0, atol=1e-5 * scale)

@@ -109,11 +109,15 @@ def path(
         held["attn_out", layer] = oracle.read(ids, "attn_out", layer)
         if not through_mlps:
             held["mlp_out", layer] = base[f"L{layer}.mlp"]
+    at_one: list[Patch] = []
     for sender in start:
         name, node = sender.split("@")[0], _parse(sender)
+        if node["mlp"] and through_mlps and node["position"] is not None:  # at other positions it is no sender
+            at_one.append(Patch("mlp_out", node["layer"], source[name], (node["position"],)))
+            continue
         site = ("resid_pre", 0) if name == "embed" else ("mlp_out" if node["mlp"] else "attn_out", node["layer"])
         held[site] = held.get(site, base[name]) + _at(source[name] - base[name], sender)
-    frozen = [Patch(kind, layer, value) for (kind, layer), value in held.items()]
+    frozen = [*(Patch(kind, layer, value) for (kind, layer), value in held.items()), *at_one]
     reads = []
     for receiver in end:
         node = _parse(receiver)
