@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,9 @@ from ..metrics import Metric
 from ..models.model import Model
 from ..pairs import PromptPairs
 from .circuit import Circuit
+from .greedy import MOST_AHEAD, in_turn
 from .nodes import Facts
 from .runs import reference_of, run_masks
-
-#: How many candidates are tried ahead of the first whose fate is not known.
-MOST_AHEAD = 64
 
 
 def acdc(
@@ -28,14 +27,12 @@ def acdc(
     *,
     max_tokens: int | None = None,
     progress: bool | None = None,
-    ahead: int | None = None,
+    ahead: int = MOST_AHEAD,
 ) -> Circuit:
     """Remove every edge whose removal, all earlier ones removed, changes the mean metric by less than the threshold.
 
-    Receivers go from the logits to the first layer, the senders of each from last to first. Candidates are tried in
-    batches: row i assumes a fate for each candidate before it in the batch, so the batch holds up to the first whose fate
-    was another; those behind it are tried again, expecting what their rows said. The result is that of one at a time,
-    whatever the batch size. All rows of a batch share the layers below the receiver of its last candidate.
+    Receivers go from the logits to the first layer, the senders of each from last to first. All rows of a batch (see
+    `greedy.in_turn`) share the layers below the receiver of its last candidate.
 
     Args:
         ahead: the largest batch; 1 tries one at a time.
@@ -54,42 +51,31 @@ def acdc(
     stays = np.zeros(kept.shape, dtype=bool)  # what is expected of each edge
     if within is not None and within.level == "edge":
         stays = np.abs(np.nan_to_num(within.score_matrix(facts))) >= threshold
-    most = MOST_AHEAD if ahead is None else ahead
-    size, done, trials = min(8, most), 0, 0
-    bar = tqdm(total=len(order), disable=None if progress is None else not progress, desc="acdc", unit="edge")
-    with bar:
-        while done < len(order):
-            batch = order[done : done + size]
-            masks, mask, expected = [], kept, []
-            alive = on_paths(facts, mask)
-            for edge in batch:
-                masks.append(mask.copy())
-                masks[-1][edge] = False
-                expected.append(bool(stays[edge] and alive[edge]))
-                if not expected[-1]:
-                    mask = masks[-1]
-                    alive = on_paths(facts, mask) if alive[edge] else alive
-            options["trunk"] = kept if len(batch) > 2 else None
-            found = run_masks(model, pairs, masks, "counterfactual", metric, reference=reference, **options)
-            values = found.values.mean("pair").values
-            trials += len(batch)
-            used, before, as_expected = 0, current, True
-            for edge, value, stay in zip(batch, values.tolist(), expected, strict=True):
-                change = value - before
-                stays[edge] = abs(change) >= threshold  # behind a wrong guess: nearly what it will be
-                before = before if stay else value
-                if not as_expected:
-                    continue
-                used += 1
-                if stays[edge]:
-                    scores[edge] = change
-                else:
-                    kept[edge] = False
-                    current = value
-                as_expected = bool(stays[edge]) == stay
-            size = min(most, 2 * size if used == len(batch) else max(4, 2 * used, len(batch) - used))
-            done += used
-            bar.update(used)
+    trials = 0
+
+    def attempt(batch: Sequence[Any]) -> tuple[list[float], list[bool]]:
+        nonlocal trials
+        trials += len(batch)
+        masks, mask, expected = [], kept, []
+        alive = on_paths(facts, mask)
+        for edge in batch:
+            masks.append(mask.copy())
+            masks[-1][edge] = False
+            expected.append(bool(stays[edge] and alive[edge]))
+            if not expected[-1]:
+                mask = masks[-1]
+                alive = on_paths(facts, mask) if alive[edge] else alive
+        options["trunk"] = kept if len(batch) > 2 else None
+        found = run_masks(model, pairs, masks, "counterfactual", metric, reference=reference, **options)
+        return found.values.mean("pair").values.tolist(), expected
+
+    with tqdm(total=len(order), disable=None if progress is None else not progress, desc="acdc", unit="edge") as bar:
+        for edge, change, value in in_turn(order, current, threshold, attempt, stays, ahead, bar):
+            if stays[edge]:
+                scores[edge] = change
+            else:
+                kept[edge] = False
+                current = value
     meta |= {"threshold": threshold, "trials": trials, "tested": len(order), "metric_value": current}
     return Circuit.from_matrix(scores, kept, facts, meta)
 

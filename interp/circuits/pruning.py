@@ -19,12 +19,11 @@ from ..models.model import Model
 from ..pairs import EncodedPairs, PromptPairs
 from ..sites import Site
 from .circuit import Circuit
+from .greedy import MOST_AHEAD, in_turn
 from .nodes import Facts
 from .runs import Cells
 
 ABLATION_TYPES = ("zero", "mean", "resample", "counterfactual")
-#: How many nodes are tried ahead of the first whose fate is not known.
-MOST_AHEAD = 64
 
 
 def iterative_pruning(
@@ -97,38 +96,25 @@ def iterative_pruning(
         found = run_plan(model, pairs, plan, metric, "noising", method="iterative_pruning", **options)
         return found.values.mean("pair").values, float(found.clean.mean())
 
+    def attempt(batch: Sequence[Site]) -> tuple[list[float], list[bool]]:
+        sets, assumed, expected = [], list(dropped), [stays[site] for site in batch]
+        for site, stay in zip(batch, expected, strict=True):
+            sets.append([*assumed, site])
+            assumed = assumed if stay else sets[-1]
+        return measure(sets)[0].tolist(), expected
+
     _, current = measure([nodes[:1]])
-    passes, bar = 0, tqdm(disable=None if progress is None else not progress, desc="pruning", unit="node")
-    with bar:
+    passes = 0
+    with tqdm(disable=None if progress is None else not progress, desc="pruning", unit="node") as bar:
         while True:
             passes += 1
             left, before = [site for site in nodes if site not in dropped], len(dropped)
-            done, size = 0, min(8, ahead)
-            while done < len(left):
-                batch, sets, assumed = left[done : done + size], [], list(dropped)
-                expected = [stays[site] for site in batch]
-                for site, stay in zip(batch, expected, strict=True):
-                    sets.append([*assumed, site])
-                    assumed = assumed if stay else sets[-1]
-                values, _ = measure(sets)
-                used, base, as_expected = 0, current, True
-                for site, value, stay in zip(batch, values.tolist(), expected, strict=True):
-                    change = value - base
-                    stays[site] = abs(change) >= threshold  # behind a wrong guess: nearly what it will be
-                    base = base if stay else value
-                    if not as_expected:
-                        continue
-                    used += 1
-                    scores[site] = change
-                    drop = not stays[site]
-                    trajectory.append({"pass": passes, "node": site.node, "change": change, "dropped": drop})
-                    if drop:
-                        dropped.append(site)
-                        current = value
-                    as_expected = stays[site] == stay
-                size = min(ahead, 2 * size if used == len(batch) else max(4, 2 * used, len(batch) - used))
-                done += used
-                bar.update(used)
+            for site, change, value in in_turn(left, current, threshold, attempt, stays, ahead, bar):
+                scores[site] = change
+                trajectory.append({"pass": passes, "node": site.node, "change": change, "dropped": not stays[site]})
+                if not stays[site]:
+                    dropped.append(site)
+                    current = value
             if len(dropped) == before:
                 break
     kept = {site.node: scores[site] for site in reversed(nodes) if site not in dropped}
