@@ -15,7 +15,7 @@ import torch
 from common import THREADS, heading, pair_differing_from, random_gpt2, table
 
 import interp
-from interp.engine.run import token_budget
+from interp.engine.schedule import token_budget
 
 #: What is run: nothing after loading, a plain forward pass of as many tokens as a chunk may hold, sweeps.
 RUNS = ("plain", "residual", "heads")

@@ -15,7 +15,8 @@ from .cells import Resolved
 from .edits import Edit
 from .effects import Effects
 from .engine.reading import encode_prompts, last_layer, packed, read_program
-from .engine.run import run_plan, token_budget
+from .engine.run import run_plan
+from .engine.schedule import token_budget
 from .engine.trace import execute
 from .errors import PairsError, PlanError
 from .metrics import Metric, logit_diff

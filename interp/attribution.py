@@ -15,8 +15,8 @@ from .edits import OPS
 from .effects import Effects
 from .engine.compile import compile_chunk
 from .engine.rows import SOURCE, Context, Row, check_direction, make_rows, stage_of
-from .engine.run import check_metric, choose_schedule, context_of, make_effects, provenance, run_plan, token_budget
-from .engine.schedule import pack_pairs
+from .engine.run import check_metric, context_of, make_effects, provenance, run_plan
+from .engine.schedule import choose_schedule, pack_pairs, token_budget
 from .engine.trace import execute_gradients
 from .errors import PlanError
 from .metrics import Metric, logit_diff

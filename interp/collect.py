@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .cells import integers
 from .engine.identity import weights_digest
 from .engine.reading import last_layer, packed, read_program
-from .engine.run import token_budget
+from .engine.schedule import token_budget
 from .engine.trace import execute
 from .errors import PairsError, PlanError
 from .models.model import Model

@@ -13,7 +13,8 @@ from .cells import integers
 from .effects import Effects
 from .engine.compile import token_sets
 from .engine.reading import encode_prompts, packed, read_program
-from .engine.run import provenance, token_budget
+from .engine.run import provenance
+from .engine.schedule import token_budget
 from .engine.trace import execute
 from .errors import MetricError, PlanError, SiteError
 from .models.model import Model

@@ -16,7 +16,8 @@ from .edits import Edit
 from .effects import Effects
 from .engine.reading import packed, read_program
 from .engine.rows import Noise
-from .engine.run import run_plan, token_budget
+from .engine.run import run_plan
+from .engine.schedule import token_budget
 from .engine.trace import execute
 from .errors import PairsError, PlanError
 from .metrics import Metric, prob

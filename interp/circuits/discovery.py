@@ -16,8 +16,8 @@ from ..attribution import FLAT, gradient_program, midpoints, step_rows
 from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edge, Edit
 from ..engine.compile import compile_chunk
-from ..engine.run import check_metric, context_of, run_plan, token_budget
-from ..engine.schedule import pack_pairs
+from ..engine.run import check_metric, context_of, run_plan
+from ..engine.schedule import pack_pairs, token_budget
 from ..engine.trace import execute_gradients
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff

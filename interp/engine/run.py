@@ -28,30 +28,7 @@ from .backoff import run_parts
 from .checkpoint import Checkpoint, read_identity
 from .identity import PACKAGES, identify
 from .rows import Context, Noise, check_direction, constants
-from .schedule import SCHEDULES, Job, make_job
-
-
-def token_budget(model: Model) -> int:
-    """How many tokens one forward pass should hold: enough to saturate the device, not more than its memory.
-
-    On a CPU a forward pass is saturated by a few hundred tokens of a model as wide as GPT-2 small, and by more of a
-    narrower one. On a GPU, half of the free memory divided by what the activations of a token take.
-    """
-    if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
-        d_mlp = model.d_mlp or 4 * model.d_model
-        numbers = 8 * model.d_model + 3 * d_mlp + 4 * model.n_heads * model.d_head
-        return int(min(65536, max(512, 0.5 * free / (numbers * model.dtype.itemsize))))
-    return int(450 * max(1.0, 768 / model.d_model))
-
-
-def choose_schedule(model: Model, schedule: str) -> str:
-    """The schedule that runs: the one that is named, or the fastest that is exact on this family."""
-    if schedule == "auto":
-        return "growing" if model.family.alibi or model.family.moe else "prefix"
-    if schedule not in SCHEDULES:
-        raise PlanError(f"unknown schedule {schedule!r}; the schedules are: auto, {', '.join(SCHEDULES)}")
-    return schedule
+from .schedule import Job, choose_schedule, make_job, token_budget
 
 
 def check_metric(metric: Metric, encoded: EncodedPairs, d_vocab: int, gradient: bool = False) -> None:
