@@ -120,9 +120,9 @@ def collect_activations(
         progress: show a bar; by default on a terminal.
 
     Returns:
-        A tensor `[token, d]`, in the order of texts and positions; `[token, head, d_head]` for kinds with heads. Where
-        several layers or components are asked for, a dictionary by site ("L6.mlp_out"). With `to_disk`,
-        `StoredActivations`.
+        A tensor `[token, d]`, in the order of texts and positions; `[token, head, d_head]` for kinds with heads
+        (`head_out`: `[token, head, d_model]`). Where several layers or components are asked for, a dictionary
+        by site ("L6.mlp_out"). With `to_disk`, `StoredActivations`; `interp.shards.StoredActivations.open(folder)` reads it.
 
     Raises:
         SiteError: a layer or component that this model does not have. PlanError: options that exclude each other, a

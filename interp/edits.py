@@ -25,8 +25,9 @@ FIELDS = ("layer", "kind", "op", "row", "source", "column", "source_column", "he
 class Edit:
     """One change of one activation.
 
-    `op` is "replace" (by the source run's activation at the same site), "set" (to `value`: a number, or a tensor over
-    the last dimension), "add" (`value` is added) or "scale" (multiplied by the number `value`).
+    `op` is "replace" (by the source run's activation at the same site), "set" (to `value`: a number, `[feature]` of
+    the whole tensor that holds the site, all heads of it, or `[position, feature]`), "add" (`value` is added) or "scale"
+    (multiplied by the number `value`).
 
     Raises:
         PlanError: unknown operation, or a value missing or given where none is used.
@@ -53,7 +54,8 @@ class Edge:
     head), `L3.mlp`, `logits`. A position on either (`L1.H2@4`) limits the change to that position.
 
     Raises:
-        PlanError: a site that cannot send or receive, or a receiver that is not downstream of the sender.
+        PlanError: a site that cannot send or receive, or a head's site without a head. Whether the receiver is downstream of
+            the sender is `exists`.
     """
 
     sender: Site
@@ -82,7 +84,7 @@ class Edge:
 def group_edits(table: Tensor) -> dict[tuple[int, str], list[dict[str, Any]]]:
     """Split a table `[edit, field]` into batches that one indexed assignment can do: {(layer, kind): [group, …]}.
 
-    A group holds one index tensor per field, and `whole` / `everywhere`: no head or unit, all columns.
+    A group holds one index tensor per field, and whether it has none of its own: `everywhere`, `no_head`, `no_unit`.
     """
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     if not len(table):

@@ -1,6 +1,6 @@
 """Prompt pairs: clean and corrupted prompts, answers, named positions, and what they are as tokens.
 
-Standard library and `errors` only: a tokenizer is any object that is called as HuggingFace's are.
+Standard library, `errors` and `tokens` only: a tokenizer is any object that is called as HuggingFace's are.
 """
 
 from __future__ import annotations

@@ -38,10 +38,12 @@ def patch(
         max_tokens: tokens in one forward pass; by default what the device takes.
 
     Returns:
-        Effects with dims (component, layer, position | head | unit, pair), in the metric's own units.
+        Effects with dims (component, layer, position | head | unit, pair), in the metric's own units; heads and units that
+        are crossed with positions have both, `sets` (component, pair).
 
     Raises:
-        SiteError, SiteUnavailableError, PairsError, AnswerError, PlanError, MetricError: before the model runs.
+        SiteError, SiteUnavailableError, AuditError, PairsError, AnswerError, PlanError, MetricError: before the model runs.
+        CheckpointError: a checkpoint of something else, or one that cannot be written. BackendError: a server failed.
     """
     return run_plan(
         model,

@@ -24,7 +24,7 @@ class Plan:
     """Components × layers × (positions | heads | units), or named sets of sites. Made by `grid`, `heads`, `neurons`, `sets`."""
 
     components: tuple[str, ...]
-    axis: str  # "position" | "head" | "unit" | "set"
+    axis: str  # "position" | "head" | "unit" | "set" | "path"
     layers: tuple[int, ...] | None = None
     items: tuple[int, ...] | None = None  # heads or units; None = all
     positions: Any = None  # tuple of ints and names; None = each position (grid) or all at once (heads, units)

@@ -66,7 +66,8 @@ class Site:
 
     @classmethod
     def parse(cls, text: str | Site) -> Site:
-        """Read `L9.H6.z@-1`, a node name (`embed`, `L3.H2`, `L3.mlp`, `L3.H1.k`, `logits`) or a TransformerLens hook.
+        """Read `L9.H6.z@-1`, `L3.neuron[5]`, a node name (`embed`, `L3.H2`, `L3.mlp`, `L3.H1.k`, `logits`), or a hook name
+        of TransformerLens.
 
         Raises:
             SiteError: text of none of these forms.

@@ -8,7 +8,7 @@ that John is right. Four rankings are found, and circuits of their best edges ar
 
     EAP           edge attribution patching: Δ · gradient at the clean run
     EAP-IG        gradients averaged over `--steps` inputs between clean and corrupted
-    exact nodes   every head and MLP patched by itself; a circuit has all edges between the nodes that it keeps
+    exact nodes   every head and MLP and the embedding patched by itself; a circuit has all edges between the nodes that it keeps
     random        edges in a random order: the floor
 
 Written to `--out`: curves.csv, sizes.csv, summary.md, the circuit as JSON, and pages (.html, and .png where Chromium is
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ def peak_memory() -> float:
         import resource
     except ImportError:  # Windows
         return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def discover_all(study: Study, pairs: interp.PromptPairs, steps: int, seed: int) -> None:
@@ -182,7 +183,7 @@ def main(arguments: list[str] | None = None) -> Path:
     circuit = ranking.top(n_edges=int(reaching["top"]), connected=True)
     fresh = interp.evaluate_circuit(model, others, circuit, completeness=True, minimality=5, progress=False)
     circuit.to_json(options.out / "circuit.json")
-    title = f"Indirect objects: {circuit.n_edges} edges that EAP-IG found · {model.name}"
+    title = f"Indirect objects: {circuit.n_edges:,} edges that EAP-IG found · {model.name}"
     seen = interp.lens.attention_patterns(model, pairs.clean[0])  # on a click on a head
     patterns = {head: seen[head].values for head in circuit}
     tokens = seen["token"].values.tolist()

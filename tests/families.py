@@ -63,7 +63,7 @@ def words(*lengths: int, seed: int = 0) -> list[list[int]]:
 
 
 def allowed(logits: Tensor) -> float:
-    """What may separate two numbers that DESIGN.md calls equal in fp32."""
+    """What may separate two numbers that count as equal in fp32."""
     return 1e-5 * max(1.0, float(logits.abs().max()))
 
 

@@ -27,7 +27,7 @@ BACKWARD = {
     ("models/model.py", "audit"): "a model audits itself, through the engine",
     ("models/loading.py", "audit"): "load_model checks the model that it has made, through the engine",
 }
-#: What is sent to a server by source, and what else such a file may import. DESIGN.md names six files; the engine's
+#: What is sent to a server by source, and what else such a file may import. Six files at first; the engine's
 #: part has become several.
 SHIPPED = (
     "errors.py", "sites.py", "edits.py", "metrics.py", "models/views.py", "engine/trace.py", "engine/forward.py",

@@ -26,7 +26,7 @@ FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 class Evaluation:
     """What `evaluate_circuit` found.
 
-    curve: a row per size: n_edges, fraction, metric, faithfulness, low, high (95 % bootstrap interval over pairs).
+    curve: a row per size: (n_nodes,) n_edges, fraction, metric, faithfulness, low, high (95 % bootstrap interval over pairs).
     cpr: area under faithfulness over fractions, linear trapezoid: large when few edges do much.
     cmd: area under |1 − faithfulness|: small when every size behaves as the model does.
     full, empty: mean metric with no edge cut and with every edge cut.
@@ -83,8 +83,11 @@ def evaluate_circuit(
     that edges that hurt come last.
 
     Args:
+        ablation, reference: what cut edges carry, as in `run_circuit`, and the prompts of its means.
+        fractions: sizes, parts of all edges (or nodes) of the model.
+        samples, seed: of the bootstrap over pairs.
         completeness: also how near the model without the circuit comes to the empty one, 1 − |f(model without it)|.
-        minimality: also the drop of the metric when each of this many strongest edges (nodes) alone is taken out.
+        minimality: also the drop of faithfulness when each of this many strongest edges (nodes) alone is taken out.
         options: of `patch` (schedule, progress, max_tokens, checkpoint).
 
     Raises:

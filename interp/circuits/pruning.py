@@ -62,6 +62,8 @@ def iterative_pruning(
     Raises:
         CircuitError, PairsError, MetricError: before the model runs.
     """
+    if pairs is not None and (prompt is not None or answer_tokens is not None):
+        raise CircuitError("iterative_pruning takes a prompt with answer_tokens, or pairs=, not both")
     if pairs is None:
         if prompt is None or answer_tokens is None:
             raise CircuitError("iterative_pruning needs a prompt and answer_tokens=[right, wrong], or pairs=")

@@ -2,8 +2,10 @@
 
 A gradient program is a program of `interp.engine.trace` without growth before layer 0, plus:
     tape        [(layer, kind)] whose gradients are wanted
-    pairs       base [pair] and source [pair]: rows of the two runs
+    base, from  [pair]: rows of the two runs
     gradient    [pair, step]: rows whose gradients are averaged for each pair (the base row itself for one step)
+    steps       {site: [pair, step]} rows that move each site by itself (ig-activations), or {}
+    by_edge     whether scores of edges are wanted instead, see `edge_gradients`
     columns     [pair, position] the source position that belongs to each base position (or None: the same)
     drop        layers to drop one at a time in the backward pass (GradDrop), or []
     exact_qk    whether q and k go through the softmax exactly (AtP*)

@@ -40,7 +40,7 @@ def load_model(
 
     Args:
         model: a hub id, a local folder, a bundled name (`"smollm2-135m"`), or a HuggingFace module already in memory.
-        tokenizer: for a module in memory; left out, prompts must be token ids.
+        tokenizer: for a module in memory (left out, prompts must be token ids), or in place of the checkpoint's own.
         device: where the weights go; the GPU when there is one and neither this nor `device_map` is given.
         dtype: float type; default fp32 on a CPU, the checkpoint's own elsewhere.
         device_map: passed to accelerate, e.g. `"auto"` to spread layers over several GPUs.
@@ -48,12 +48,16 @@ def load_model(
         backend: `"local"`, `"simulated"`, `"ndif"`, or the address of an NDIF deployment of your own.
         prefix: text put before every string prompt; a bundled model brings the one that it needs.
         revision: of a hub model.
-        check: run one short forward that checks every read.
+        check: run one short forward that checks every read (where the weights are in this process).
         options: passed to `from_pretrained` (`quantization_config`, `trust_remote_code`, …).
 
     Raises:
         ModelNotFoundError: nothing under that name. ArchitectureError: no row for this architecture and none could be
-            inferred. AuditError: the model's own numbers contradict its row.
+            inferred, or options that do not go together. AuditError: a traced run does not give the plain model's logits, or
+            none can follow the row. BackendError: no such backend, or one that cannot hold this model.
+
+    Warns:
+        UserWarning: kinds of sites that failed the check; they are refused from then on.
     """
     from ..engine.backends import Local, make_backend
 

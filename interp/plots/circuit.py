@@ -119,7 +119,7 @@ def plot_circuit_graph(
         controls = [slider, *controls]
     picture: Any = plot
     if beside:
-        attention, image = beside.panel()
+        attention, image = beside.panel(edges)
         arguments = {
             "nodes": nodes, "weights": ColumnDataSource({"all": beside.weights.reshape(-1)}), "image": image,
             "title": attention.title, "size": beside.weights.shape[-1],

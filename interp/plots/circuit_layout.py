@@ -233,12 +233,14 @@ class Patterns:
         """Px of one weight's side."""
         return float(np.clip(360 / len(self.labels), 4, 48))
 
-    def panel(self) -> tuple[figure, ColumnDataSource]:
-        """A figure of the first pattern, queries down and keys across, and the source of its image."""
-        n, (layer, head) = len(self.labels), next(iter(self.index))
+    def panel(self, edges: Sequence[Drawn]) -> tuple[figure, ColumnDataSource]:
+        """A figure of the pattern of the head that writes the strongest of the edges, and the source of its image."""
+        writing = [(edge.start.layer, edge.start.head) for edge in reversed(edges)]  # edges come weakest first
+        n, shown = len(self.labels), next(head for head in (*writing, *self.index) if head in self.index)
+        layer, head = shown
         side = int(self.cell * n)
         plot: Any = panel((-0.5, n - 0.5), (n - 0.5, -0.5), side, side, f"L{layer}.H{head} attends")
-        source = ColumnDataSource({"image": [self.weights[0].copy()]})
+        source = ColumnDataSource({"image": [self.weights[self.index[shown]].copy()]})
         mapper = LinearColorMapper(palette=list(Blues256[::-1]), low=0, high=1)
         image = plot.image("image", -0.5, -0.5, n, n, source=source, color_mapper=mapper)
         names = CustomJSHover(args={"labels": self.labels}, code="return labels[Math.round(value)] ?? '';")

@@ -75,7 +75,7 @@ def patch(model: Model, pairs: PromptPairs, **options: Any) -> Effects:
 
 
 def check(got: Effects, expected: Effects) -> None:
-    """Equal as DESIGN says, with the same cells missing."""
+    """Equal within tolerance, with the same cells missing."""
     tolerance = allowed(torch.tensor([20.0]))
     for name in ("values", "clean", "corrupted"):
         one, other = (getattr(effects, name).values for effects in (got, expected))
