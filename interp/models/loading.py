@@ -65,14 +65,8 @@ def load_model(
     hf: Any = model
     source: Any = model
     if isinstance(model, torch.nn.Module):
-        name = _in_memory(model)
         told = {"device": device, "dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-        unused = [name for name, value in {**told, "revision": revision, **options}.items() if value is not None]
-        if unused:
-            raise ArchitectureError(
-                f"{unused[0]}= does not go with a module in memory, which is used as it is: change the module before "
-                "(.to(...), from_pretrained(...)), or give its folder or hub id"
-            )
+        name = _in_memory(model, told | options)
         if prefix and tokenizer is None:
             raise ArchitectureError(
                 f"prefix={prefix!r} needs the module's tokenizer: load_model(module, tokenizer=...)"
@@ -114,13 +108,25 @@ def load_model(
     return loaded
 
 
-def _in_memory(module: Any) -> str:
-    """The name of a HuggingFace module that is in memory already."""
+def _in_memory(module: Any, asked: dict[str, Any]) -> str:
+    """The name of a HuggingFace module that is in memory already; what is asked of it must be what it is."""
     if not hasattr(module, "config"):
         raise ArchitectureError(
             f"a {type(module).__name__} is no HuggingFace language model: it has no config that says how it is built; "
             "give a transformers model, a hub id, a folder or a bundled name"
         )
+    weight = next(module.parameters())
+    own = {
+        "device": {str(weight.device), weight.device.type},
+        "dtype": {str(weight.dtype), str(weight.dtype).removeprefix("torch."), "auto"},
+        "attn_implementation": {str(getattr(module.config, "_attn_implementation", None))},
+    }
+    for option, value in asked.items():
+        if value is not None and str(value) not in own.get(option, ()):
+            raise ArchitectureError(
+                f"{option}={value!r} does not go with a module in memory, which is used as it is ({weight.dtype} on "
+                f"{weight.device}): change the module before (.to(...), from_pretrained(...)), or give its folder or hub id"
+            )
     return getattr(module.config, "name_or_path", "") or type(module).__name__
 
 
