@@ -6,7 +6,8 @@
     prefix   growing, on the cached keys and values of the positions before the first patch of a group
 
 The last two also skip the layers below a chunk's first patch. "auto" takes `prefix` where the family's cache is plain,
-else `growing`. Cells whose edits cannot reach the answer (causality) are known to equal the base run and are not run.
+else `growing`; `naive` where quantised activations make rows depend on one another. Cells whose edits cannot reach the
+answer (causality) are known to equal the base run and are not run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ SCHEDULES = ("naive", "rows", "growing", "prefix")
 OVERHEAD = 60
 #: Tokens of one forward pass on a server with GPUs; some GB of activations for a model of 70 billion weights.
 SERVER_TOKENS = 4096
+#: Quantisations of the weights alone, after which a forward pass is an ordinary one.
+WEIGHTS_ONLY = ("gptq", "awq", "auto-round", "hqq", "aqlm", "quanto", "mxfp4", "higgs", "vptq", "eetq", "spqr", "gguf")
 
 
 def token_budget(model: Model) -> int:
@@ -49,8 +52,29 @@ def token_budget(model: Model) -> int:
     return int(450 * max(1.0, 768 / model.d_model))
 
 
+def rows_are_apart(model: Model) -> bool:
+    """Whether a row's numbers do not depend on the rows beside it, as they do where activations are quantised too.
+
+    LLM.int8 (bitsandbytes in 8 bits) picks its outlier columns over the whole batch; a method that is not known is
+    taken to do the like.
+    """
+    config = getattr(model.hf.config, "quantization_config", None)
+    if config is None:
+        return True
+    said = config if isinstance(config, dict) else vars(config)
+    method = said.get("quant_method")
+    method = str(getattr(method, "value", method))
+    return (
+        bool(said.get("load_in_4bit", said.get("_load_in_4bit")))
+        if method == "bitsandbytes"
+        else method in WEIGHTS_ONLY
+    )
+
+
 def choose_schedule(model: Model, schedule: str) -> str:
     """The schedule that runs: the one that is named, or the fastest that is exact on this family."""
+    if schedule == "auto" and not rows_are_apart(model):
+        return "naive"
     if schedule == "auto":
         return "growing" if model.family.alibi or model.family.moe else "prefix"
     if schedule not in SCHEDULES:

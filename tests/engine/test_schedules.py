@@ -7,10 +7,12 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from transformers import BitsAndBytesConfig, GPTQConfig
 
 import interp
 from interp import PromptPairs, Site
 from interp.edits import Edit
+from interp.engine.schedule import choose_schedule
 from interp.errors import PlanError
 from tests.families import D_VOCAB, SUPPORTED, has, loaded, oracle_of, words
 from tests.oracle.hooks import Patch
@@ -344,3 +346,25 @@ def test_a_constant_makes_positions_differ_that_the_prompts_share(family: str) -
     assert_same(effects)
     moved = abs(effects[0].values - effects[0].base)[:, 0]
     assert float(moved[1]) > 0.01 and float(abs(moved[2] - moved[1])) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config", "schedule"),
+    [
+        (None, "prefix"),
+        (BitsAndBytesConfig(load_in_8bit=True), "naive"),
+        (BitsAndBytesConfig(load_in_4bit=True), "prefix"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "naive"),
+        ({"quant_method": "gptq", "bits": 4}, "prefix"),
+        (GPTQConfig(bits=4), "prefix"),
+        ({"quant_method": "a new one"}, "naive"),
+    ],
+    ids=str,
+)
+def test_rows_stay_apart_where_activations_are_quantised(
+    config: object, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded("gpt2")
+    monkeypatch.setattr(model.hf.config, "quantization_config", config, raising=False)
+    assert choose_schedule(model, "auto") == schedule
+    assert choose_schedule(model, "growing") == "growing"  # what is named is run
