@@ -25,7 +25,7 @@ def ioi(
 
     Answers are the indirect object's name (IO), distractors the repeated subject's (S). Names, places and
     things are one token each, so prompts of one template all have the same shape. Named positions: "IO",
-    "S1", "S2", "end".
+    "S1", "S2", "place", "thing", "end".
 
     Args:
         corruption: "flip" puts IO in the place of the second S, which turns the right answer round;
@@ -60,7 +60,8 @@ def ioi(
             scene | corrupted,
             [f" {io}"],
             [f" {s}"],
-            positions={"IO": "A" if io_first else "B", "S1": "B" if io_first else "A", "S2": "S"},
+            positions={"IO": "A" if io_first else "B", "S1": "B" if io_first else "A", "S2": "S"}
+            | {field: field for field in scene},
             single=("A", "B", "S", "place", "thing"),
         )
 

@@ -95,6 +95,7 @@ def test_a_seed_gives_the_same_pairs_again_and_another_seed_others(variant):
 def test_ioi(variant):
     pairs = build(variant, "digits", n=30)
     encoded = pairs.encode(make("digits"))
+    assert set(encoded.positions) == {"IO", "S1", "S2", "place", "thing", "end"}
     io, s1, s2 = (words_at(encoded, name) for name in ("IO", "S1", "S2"))
     assert s1 == s2 and all(a != b for a, b in zip(io, s1, strict=True))
     assert [[a[0].strip()] for a in pairs.answers] == io and [[d[0].strip()] for d in pairs.distractors] == s1
