@@ -13,7 +13,7 @@ import interp
 from interp import Model, PromptPairs, Site
 from interp.audit.__main__ import main
 from interp.errors import ArchitectureError, AuditError, InterpError
-from interp.models import model as loader
+from interp.models import loading as loader
 from interp.models.families import FAMILIES, Family, find_family
 from interp.sites import HEAD_KINDS, UNIT_KINDS
 from tests.families import EAGER, SUPPORTED, count_forwards, has, loaded
