@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..engine.identity import text_digest
 from ..metrics import Metric
 from ..models.model import Model
 from ..pairs import PromptPairs
 from .circuit import Circuit
-from .greedy import MOST_AHEAD, in_turn
+from .greedy import MOST_AHEAD, in_turn, kept_log
 from .nodes import Facts
 from .runs import reference_of, run_masks
 
@@ -28,6 +29,7 @@ def acdc(
     max_tokens: int | None = None,
     progress: bool | None = None,
     ahead: int = MOST_AHEAD,
+    checkpoint: Any = None,
 ) -> Circuit:
     """Remove every edge whose removal, all earlier ones removed, changes the mean metric by less than the threshold.
 
@@ -35,6 +37,7 @@ def acdc(
     `greedy.in_turn`) share the layers below the receiver of its last candidate.
 
     Args:
+        checkpoint: a path; tested edges are kept and a later call continues.
         ahead: the largest batch; 1 tries one at a time.
     """
     facts = Facts.of(model)
@@ -69,8 +72,10 @@ def acdc(
         found = run_masks(model, pairs, masks, "counterfactual", metric, reference=reference, **options)
         return found.values.mean("pair").values.tolist(), expected
 
-    with tqdm(total=len(order), disable=None if progress is None else not progress, desc="acdc", unit="edge") as bar:
-        for edge, change, value in in_turn(order, current, threshold, attempt, stays, ahead, bar):
+    spec = {"threshold": threshold, "edges": text_digest(repr(order))}
+    bar = tqdm(total=len(order), disable=None if progress is None else not progress, desc="acdc", unit="edge")
+    with bar, kept_log(checkpoint, model, pairs, metric, "acdc", spec, len(order), max_tokens) as log:
+        for edge, change, value in in_turn(order, current, threshold, attempt, stays, ahead, bar, log):
             if stays[edge]:
                 scores[edge] = change
             else:

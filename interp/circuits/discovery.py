@@ -30,7 +30,7 @@ from .runs import Cells
 
 METHODS = ("eap", "eap-ig", "eap-ig-activations", "exact", "acdc")
 #: What only some methods use; elsewhere it is refused rather than left aside.
-OPTIONS = {"within": ("exact", "acdc"), "threshold": ("acdc",), "checkpoint": ("exact",)}
+OPTIONS = {"within": ("exact", "acdc"), "threshold": ("acdc",), "checkpoint": ("exact", "acdc")}
 
 
 def discover(
@@ -60,7 +60,7 @@ def discover(
         within: exact and acdc: only these edges (at level "node" the nodes of these edges); the others of an exact
             circuit are absent.
         threshold: acdc: an edge whose removal changes the metric by less is removed; default 0.01·|clean − corrupted|.
-        checkpoint: exact: a path; finished edges are kept and a later call continues.
+        checkpoint: exact and acdc: a path; finished edges are kept and a later call continues.
 
     Returns:
         Circuit with `scores()`; "acdc" has only the edges that stayed.
@@ -102,7 +102,8 @@ def discover(
     if method == "acdc":
         kept = facts.mask if within is None else within.matrix(facts)
         warn_if_long(model, pairs, [Cell((i,), cut=kept.T) for i in range(int(kept.sum()))], "acdc")
-        return acdc(model, pairs, metric, within, threshold, meta, max_tokens=max_tokens, progress=progress)
+        options = {"max_tokens": max_tokens, "progress": progress, "checkpoint": checkpoint}
+        return acdc(model, pairs, metric, within, threshold, meta, **options)
     if method == "exact":
         options = {"max_tokens": max_tokens, "progress": progress, "checkpoint": checkpoint}
         return exact(model, pairs, level, metric, within, meta, facts, **options)
@@ -232,10 +233,9 @@ def warn_if_long(model: Model, pairs: PromptPairs, cells: Sequence[Cell], what: 
     """Say beforehand how long patching every cell will take, where that is more than ten minutes."""
     expected = expected_seconds(model, pairs, cells)
     if expected > 600:
-        remedy = "" if what == "acdc" else ", checkpoint=path makes them resumable"
         warnings.warn(
             f"{what}: {len(cells)} × {len(pairs)} pairs will take about {expected / 60:.0f} minutes; "
-            f"within=circuit limits them{remedy}",
+            "within=circuit limits them, checkpoint=path makes them resumable",
             stacklevel=4 if what != "acdc" else 3,
         )
 

@@ -5,11 +5,68 @@ ACDC and pruning both go this way; what is removed, and how a row is run, is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
+
+from ..cells import Resolved
+from ..engine.checkpoint import Checkpoint
+from ..engine.identity import identify, text_digest
+from ..engine.run import context_of
+from ..engine.schedule import token_budget
+from ..metrics import Metric
+from ..models.model import Model
+from ..pairs import PromptPairs
 
 #: How many candidates are tried ahead of the first whose fate is not known.
 MOST_AHEAD = 64
+
+
+class Log:
+    """The metric after each removal, in order: of an earlier run first, then of this one."""
+
+    def __init__(self, checkpoint: Checkpoint | None = None) -> None:
+        self.checkpoint = checkpoint
+        self._known = iter(checkpoint.finished if checkpoint else ())
+
+    def next(self) -> float | None:
+        """The next one that is known, or None."""
+        found = next(self._known, None)
+        return None if found is None else float(found[0])
+
+    def add(self, value: float) -> None:
+        """Keep one more. CheckpointError: it cannot be written."""
+        if self.checkpoint is not None:
+            self.checkpoint.add(np.array([value], dtype=np.float32))
+
+
+@contextmanager
+def kept_log(
+    path: Any,
+    model: Model,
+    pairs: PromptPairs,
+    metric: Metric,
+    method: str,
+    spec: Mapping[str, Any],
+    most: int,
+    max_tokens: int | None,
+) -> Iterator[Log]:
+    """A log in a file, of at most so many removals; without a path, one that is forgotten.
+
+    Raises:
+        CheckpointError: the file is of another run (it names what differs), or cannot be written.
+    """
+    if path is None:
+        yield Log()
+        return
+    nothing = Resolved((), (), {})
+    context = context_of(model, model.encode(pairs), "noising", nothing, "growing")
+    budget = max_tokens or token_budget(model)
+    identity = identify(model, context, nothing, metric, method, "growing", budget, spec)
+    with Checkpoint(path, identity, text_digest(repr((method, sorted(spec.items())))), [1] * most) as checkpoint:
+        yield Log(checkpoint)
 
 
 def in_turn(
@@ -20,6 +77,7 @@ def in_turn(
     stays: Any,
     most: int,
     bar: Any,
+    log: Log,
 ) -> Iterator[tuple[Any, float, float]]:
     """(candidate, change, metric) of each removal on top of all earlier ones; it stays where |change| ≥ threshold.
 
@@ -33,8 +91,16 @@ def in_turn(
         stays: by candidate, what is expected of it; filled with what was found before a candidate is given out.
         most: the largest batch; 1 tries one at a time.
         bar: counts candidates.
+        log: what is known from an earlier run comes first, without an attempt; what is found is added.
     """
     done, size = 0, min(8, most)
+    while done < len(candidates) and (known := log.next()) is not None:
+        candidate, change = candidates[done], known - current
+        stays[candidate] = abs(change) >= threshold
+        current = current if stays[candidate] else known
+        done += 1
+        bar.update(1)
+        yield candidate, change, known
     while done < len(candidates):
         batch = candidates[done : done + size]
         values, expected = attempt(batch)
@@ -48,6 +114,7 @@ def in_turn(
             used += 1
             current = current if stays[candidate] else value
             as_expected = bool(stays[candidate]) == stay
+            log.add(value)
             yield candidate, change, value
         size = min(most, 2 * size if used == len(batch) else max(4, 2 * used, len(batch) - used))
         done += used

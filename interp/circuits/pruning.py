@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edit
+from ..engine.identity import text_digest
 from ..engine.reading import encode_prompts, last_layer, read
 from ..engine.run import run_plan
 from ..errors import CircuitError
@@ -19,7 +20,7 @@ from ..models.model import Model
 from ..pairs import EncodedPairs, PromptPairs
 from ..sites import Site
 from .circuit import Circuit
-from .greedy import MOST_AHEAD, in_turn
+from .greedy import MOST_AHEAD, in_turn, kept_log
 from .nodes import Facts
 from .runs import Cells
 
@@ -38,6 +39,7 @@ def iterative_pruning(
     components: str | Sequence[str] = ("head", "mlp"),
     reference: Any = None,
     ahead: int = MOST_AHEAD,
+    checkpoint: Any = None,
     max_tokens: int | None = None,
     progress: bool | None = None,
 ) -> Circuit:
@@ -54,6 +56,7 @@ def iterative_pruning(
             "resample" or "counterfactual" (both: the pairs' corrupted runs).
         components: "head", "mlp" or both.
         ahead: the largest batch; 1 tries one at a time.
+        checkpoint: a path; tests that are done are kept and a later call continues.
 
     Returns:
         A node circuit; iterating over it gives its (layer, head). Scores are the change of the metric when a node was
@@ -107,11 +110,14 @@ def iterative_pruning(
 
     _, current = measure([nodes[:1]])
     passes = 0
-    with tqdm(disable=None if progress is None else not progress, desc="pruning", unit="node") as bar:
+    spec = {"threshold": threshold, "ablation": ablation_type, "nodes": len(nodes), "means": _digest(edit_of)}
+    bar = tqdm(disable=None if progress is None else not progress, desc="pruning", unit="node")
+    tests = len(nodes) * (len(nodes) + 1)  # more than passes can take
+    with bar, kept_log(checkpoint, model, pairs, metric, "iterative_pruning", spec, tests, max_tokens) as log:
         while True:
             passes += 1
             left, before = [site for site in nodes if site not in dropped], len(dropped)
-            for site, change, value in in_turn(left, current, threshold, attempt, stays, ahead, bar):
+            for site, change, value in in_turn(left, current, threshold, attempt, stays, ahead, bar, log):
                 scores[site] = change
                 trajectory.append({"pass": passes, "node": site.node, "change": change, "dropped": not stays[site]})
                 if not stays[site]:
@@ -140,6 +146,15 @@ class _Sets(Cells):
         if any(edit.op == "replace" for cell in self.cells for edit, _ in cell.edits):
             encoded.require_aligned("pruning with a second prompt")
         return Resolved(((self.dim, self.labels),), self.cells, dict(self.spec))
+
+
+def _digest(edits: dict[Site, Edit]) -> str:
+    """Tells one set of ablations from another."""
+    return text_digest(repr([(str(site), edit.op, _numbers(edit.value)) for site, edit in edits.items()]))
+
+
+def _numbers(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def _edits(model: Model, pairs: PromptPairs, ablation: str, reference: Any, nodes: Sequence[Site]) -> dict[Site, Edit]:

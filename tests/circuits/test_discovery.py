@@ -13,8 +13,10 @@ import torch
 import interp
 from interp import PromptPairs
 from interp.circuits import Circuit, Facts, compare_circuits, discover, discovery
+from interp.circuits import acdc as acdc_module
 from interp.circuits.acdc import acdc
-from interp.errors import CircuitError, MetricError, PairsError
+from interp.circuits.runs import run_masks
+from interp.errors import CheckpointError, CircuitError, MetricError, PairsError
 
 from ..families import allowed, count_forwards, loaded, oracle_of, words
 from ..oracle.edges import all_edges, edges, receivers, senders
@@ -225,6 +227,28 @@ def test_exact_edges_continue_from_a_checkpoint(tmp_path: Path) -> None:
     assert len(seen) - passes <= 4  # those that the estimate of the time takes
 
 
+def test_acdc_continues_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs, path = loaded("gpt2"), two_pairs(), tmp_path / "edges"
+    options = {"threshold": 0.05, "max_tokens": 200, "progress": False}
+    whole = discover(model, pairs, "acdc", **options)
+    left = iter(range(6))
+
+    def broken(*arguments: Any, **more: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return run_masks(*arguments, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(acdc_module, "run_masks", broken)
+        discover(model, pairs, "acdc", checkpoint=path, **options)
+    again = discover(model, pairs, "acdc", checkpoint=path, **options)
+    assert again.edges == whole.edges and again.scores() == pytest.approx(whole.scores(), abs=1e-5)
+    assert 0 < again.meta["trials"] < whole.meta["trials"]
+    assert discover(model, pairs, "acdc", checkpoint=path, **options).meta["trials"] == 0
+    with pytest.raises(CheckpointError, match=r"another run, which differs in .*threshold"):
+        discover(model, pairs, "acdc", checkpoint=path, **{**options, "threshold": 0.06})
+
+
 @pytest.mark.parametrize("method", ["exact", "acdc"])
 def test_long_runs_say_so_beforehand(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = loaded("gpt2"), two_pairs()
@@ -253,7 +277,7 @@ def test_what_cannot_be_discovered_is_refused_before_the_model_runs() -> None:
         ({"method": "eap-ig-activations", "points": []}, "needs interpolation points"),
         ({"method": "eap", "within": few}, "within= is of no use to method='eap'; it goes with exact and acdc"),
         ({"method": "exact", "threshold": 0.1}, "threshold= is of no use.*acdc"),
-        ({"method": "acdc", "checkpoint": "x"}, "checkpoint= is of no use.*exact"),
+        ({"method": "eap", "checkpoint": "x"}, "checkpoint= is of no use.*exact and acdc"),
         ({"method": "eap", "max_tokens": 0}, "max_tokens=0"),
         ({"method": "exact", "within": Circuit.from_edges([("embed", "logits")], loaded("llama_gqa"))}, "does not fit"),
     ]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from torch import Tensor
 
 import interp
 from interp import PromptPairs
-from interp.circuits import Circuit, iterative_pruning
-from interp.errors import CircuitError
+from interp.circuits import Circuit, iterative_pruning, pruning
+from interp.engine.run import run_plan
+from interp.errors import CheckpointError, CircuitError
 
 from ..families import count_forwards, loaded, oracle_of, words
 from ..oracle.edges import senders
@@ -198,6 +201,34 @@ def test_means_can_be_over_other_prompts() -> None:
     pairs, others = two_pairs(), words(4, 8, seed=9)
     circuit = iterative_pruning(loaded("gpt2"), pairs=pairs, threshold=0.3, reference=others, progress=False)
     check(circuit, *naive(oracle_of("gpt2"), pairs, 0.3, "mean", means_over=others))
+
+
+def test_pruning_continues_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = loaded("gpt2"), tmp_path / "nodes"
+    options = {"pairs": two_pairs(), "threshold": 0.3, "ahead": 4, "progress": False}
+    whole, left = iterative_pruning(model, **options), iter(range(4))
+
+    def broken(*arguments: Any, **more: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return run_plan(*arguments, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pruning, "run_plan", broken)
+        iterative_pruning(model, checkpoint=path, **options)
+    seen, stop = count_forwards(model)
+    again = iterative_pruning(model, checkpoint=path, **options)
+    stop()
+    assert list(again) == list(whole) and again.scores() == pytest.approx(whole.scores(), abs=1e-5)
+    assert [(test["node"], test["dropped"]) for test in again.trajectory] == [
+        (test["node"], test["dropped"]) for test in whole.trajectory
+    ]
+    once, stop = count_forwards(model)
+    iterative_pruning(model, checkpoint=path, **options)
+    stop()
+    assert len(once) < len(seen)
+    with pytest.raises(CheckpointError, match=r"another run, which differs in .*ablation"):
+        iterative_pruning(model, checkpoint=path, ablation_type="zero", **options)
 
 
 def test_what_cannot_be_pruned_is_refused_before_the_model_runs() -> None:
