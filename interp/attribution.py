@@ -16,7 +16,7 @@ from .effects import Effects
 from .engine.compile import compile_chunk
 from .engine.rows import SOURCE, Context, Row, check_direction, make_rows, stage_of
 from .engine.run import check_metric, context_of, make_effects, provenance, run_plan
-from .engine.schedule import choose_schedule, pack_pairs, token_budget
+from .engine.schedule import choose_schedule, gradient_budget, pack_pairs
 from .engine.trace import execute_gradients
 from .errors import PlanError
 from .metrics import Metric, logit_diff
@@ -88,7 +88,7 @@ def attribute(
     alphas = tuple(points) if points is not None else midpoints(steps)
     if not alphas:
         raise PlanError(f"steps={steps}, points={points}: at least one interpolation point is needed")
-    budget = max_tokens or token_budget(model)
+    budget = max_tokens or gradient_budget(model)
     rows, _ = make_rows(resolved, context, prune=False)
     _check_places(rows, context, method)
     found = _run(model, context, rows, metric, method, alphas, budget, len(resolved.cells))

@@ -112,3 +112,13 @@ def checked(resolved: Resolved, encoded: EncodedPairs) -> Resolved:
 def longest(encoded: EncodedPairs) -> str:
     """How far positions reach, for messages."""
     return f"the longest prompt has positions 0 to {max(len(prompt) for prompt in encoded.clean) - 1}"
+
+
+def overlap(site: Site, place: Place, other: Site, at: Place, encoded: EncodedPairs) -> bool:
+    """Whether two edits change the same numbers of some pair; -1 and the last position are one."""
+    if not site.at(position=None).overlaps(other.at(position=None)):
+        return False
+    if EVERYWHERE in (place, at):
+        return True
+    columns = [(place.columns(encoded, pair), at.columns(encoded, pair)) for pair in range(len(encoded.clean))]
+    return any(one and two and set(one[0]) & set(two[0]) for one, two in columns)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .cells import EVERYWHERE, Cell, Place, Resolved, SiteFacts, checked, integers, longest
+from .cells import EVERYWHERE, Cell, Place, Resolved, SiteFacts, checked, integers, longest, overlap
 from .edits import Edge, Edit
 from .errors import PlanError, SiteError
 from .pairs import EncodedPairs
@@ -118,8 +118,10 @@ class Plan:
                 site = model.require(edit.site)
                 place = EVERYWHERE if site.position is None else Place(at=(site.position,))
                 edit = self._edit(site) if self.edit else replace(edit, site=site)
-                for other, _ in made:
-                    if (edit.op, other.op) != ("replace", "replace") and edit.site.overlaps(other.site):
+                for other, at in made:
+                    if (edit.op, other.op) != ("replace", "replace") and overlap(
+                        edit.site, place, other.site, at, encoded
+                    ):
                         raise PlanError(
                             f"set {name!r} has {other.op!r} at {other.site} and {edit.op!r} at {site}, which change the same "
                             "numbers; join them into one edit"

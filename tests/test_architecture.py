@@ -46,7 +46,7 @@ OWNERS = {
 #: Files longer than 300 lines, and how long they may be.
 LONG = {
     "models/families.py": 500,  # a table: data, one row per architecture
-    "plan.py": 320,
+    "plan.py": 330,
     "circuits/circuit.py": 400,
     "engine/edges.py": 350,
     "attribution.py": 350,

@@ -140,6 +140,20 @@ def test_an_mlp_that_sends_at_one_position_passes_on_changes_at_the_others(famil
     assert float(abs(found.values.values - whole.values.values).max()) > 1e-3
 
 
+@directly_or_through_mlps
+@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("senders", [("L0.H0@2", "L0.H1@3"), ("L0.H1@3", "L0.H0@2"), ("L0.H0", "L0.H1@4")], ids=str)
+def test_senders_at_several_positions_reach_one_receiver_together(
+    family: str, senders: tuple[str, ...], through_mlps: bool
+) -> None:
+    model, pairs = loaded(family), pairs_of(2, 1)
+    for end in ("L1.H0.v", "L1.mlp", "L2.H1.q", "logits"):
+        found = path_patch(model, pairs, senders, end, together=True, through_mlps=through_mlps)
+        for pair in (0, 1):
+            want, tolerance = by_hand(family, pairs, pair, "noising", senders, [end], through_mlps)
+            assert float(found.values[0, 0, pair]) == pytest.approx(want, abs=tolerance), end
+
+
 def same(found: Effects, expected: Effects) -> None:
     scale = max(1.0, float(abs(expected.values).max()))
     np.testing.assert_allclose(found.values.values, expected.values.values, rtol=0, atol=1e-5 * scale)

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..engine.checkpoint import read_identity
 from ..engine.identity import text_digest
 from ..metrics import Metric
 from ..models.model import Model
 from ..pairs import PromptPairs
 from .circuit import Circuit
-from .greedy import MOST_AHEAD, in_turn, kept_log
+from .greedy import MOST_AHEAD, budget_of, in_turn, kept_log
 from .nodes import Facts
 from .runs import reference_of, run_masks
 
@@ -40,6 +41,7 @@ def acdc(
         checkpoint: a path; tested edges are kept and a later call continues.
         ahead: the largest batch; 1 tries one at a time.
     """
+    max_tokens = budget_of(checkpoint, model, max_tokens)
     facts = Facts.of(model)
     kept = facts.mask.copy() if within is None else within.matrix(facts).copy()
     order = [(int(s), r) for r in reversed(range(len(facts.receivers))) for s in reversed(np.flatnonzero(kept[:, r]))]
@@ -47,6 +49,8 @@ def acdc(
     options: dict[str, Any] = {"max_tokens": max_tokens, "progress": False}
     run = run_masks(model, pairs, [kept], "counterfactual", metric, reference=reference, **options)
     current = float(run.values.mean())
+    if threshold is None and checkpoint is not None:
+        threshold = read_identity(checkpoint).get("method", {}).get("threshold")
     if threshold is None:
         assert run.corrupted is not None
         threshold = 0.01 * abs(float(run.clean.mean()) - float(run.corrupted.mean()))

@@ -17,7 +17,7 @@ from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edge, Edit
 from ..engine.compile import compile_chunk
 from ..engine.run import check_metric, context_of, run_plan
-from ..engine.schedule import pack_pairs, token_budget
+from ..engine.schedule import gradient_budget, pack_pairs
 from ..engine.trace import execute_gradients
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
@@ -108,7 +108,7 @@ def discover(
         options = {"max_tokens": max_tokens, "progress": progress, "checkpoint": checkpoint}
         return exact(model, pairs, level, metric, within, meta, facts, **options)
     meta["points"] = list(alphas)
-    matrices = edge_attributions(model, pairs, metric, method, alphas, max_tokens or token_budget(model), progress)
+    matrices = edge_attributions(model, pairs, metric, method, alphas, max_tokens or gradient_budget(model), progress)
     if level == "node":
         by_node = node_scores(matrices, facts)
         return Circuit.from_nodes(dict(zip((s.node for s in facts.senders), by_node, strict=True)), facts, meta)
@@ -249,8 +249,10 @@ def expected_seconds(model: Model, pairs: PromptPairs, cells: Sequence[Cell]) ->
         return 0.0
     with torch.no_grad():
         model.hf(input_ids=probe[:, :2])
+        if probe.is_cuda:
+            torch.cuda.synchronize(probe.device)
         start = time.perf_counter()
-        model.hf(input_ids=probe)
+        model.hf(input_ids=probe).logits[0, -1].sum().item()  # waits for a GPU
         per_token = (time.perf_counter() - start) / probe.numel()
     depth = np.mean([_depth(cell, model.n_layers) for cell in cells]) if cells else 0.0
     return float(per_token * tokens * len(cells) * depth)

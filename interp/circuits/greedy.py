@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..cells import Resolved
-from ..engine.checkpoint import Checkpoint
+from ..engine.checkpoint import Checkpoint, read_identity
 from ..engine.identity import identify, text_digest
 from ..engine.run import context_of
 from ..engine.schedule import token_budget
@@ -42,6 +42,12 @@ class Log:
             self.checkpoint.add(np.array([value], dtype=np.float32))
 
 
+def budget_of(path: Any, model: Model, max_tokens: int | None) -> int:
+    """Tokens of a forward pass: as asked, as in the checkpoint that is continued, or as the device takes now."""
+    begun = {} if path is None else read_identity(path)
+    return int(max_tokens or begun.get("budget") or token_budget(model))
+
+
 @contextmanager
 def kept_log(
     path: Any,
@@ -51,7 +57,7 @@ def kept_log(
     method: str,
     spec: Mapping[str, Any],
     most: int,
-    max_tokens: int | None,
+    budget: int,
 ) -> Iterator[Log]:
     """A log in a file, of at most so many removals; without a path, one that is forgotten.
 
@@ -63,7 +69,6 @@ def kept_log(
         return
     nothing = Resolved((), (), {})
     context = context_of(model, model.encode(pairs), "noising", nothing, "growing")
-    budget = max_tokens or token_budget(model)
     identity = identify(model, context, nothing, metric, method, "growing", budget, spec)
     with Checkpoint(path, identity, text_digest(repr((method, sorted(spec.items())))), [1] * most) as checkpoint:
         yield Log(checkpoint)

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..ablation import means
 from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edit
 from ..engine.identity import text_digest
-from ..engine.reading import encode_prompts, last_layer, read
+from ..engine.reading import encode_prompts
 from ..engine.run import run_plan
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
@@ -20,7 +21,7 @@ from ..models.model import Model
 from ..pairs import EncodedPairs, PromptPairs
 from ..sites import Site
 from .circuit import Circuit
-from .greedy import MOST_AHEAD, in_turn, kept_log
+from .greedy import MOST_AHEAD, budget_of, in_turn, kept_log
 from .nodes import Facts
 from .runs import Cells
 
@@ -87,7 +88,8 @@ def iterative_pruning(
         raise CircuitError(f"components {list(components)}; they are 'head' and 'mlp'")
     facts = Facts.of(model)
     nodes = [site for site in facts.senders[:0:-1] if ("mlp" if site.kind == "mlp_out" else "head") in components]
-    edit_of = _edits(model, pairs, ablation_type, reference, nodes)
+    max_tokens = budget_of(checkpoint, model, max_tokens)
+    edit_of = _edits(model, pairs, ablation_type, reference, nodes, max_tokens)
     trajectory: list[dict[str, Any]] = []
     dropped: list[Site] = []
     scores: dict[Site, float] = {}
@@ -157,23 +159,14 @@ def _numbers(value: Any) -> Any:
     return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
-def _edits(model: Model, pairs: PromptPairs, ablation: str, reference: Any, nodes: Sequence[Site]) -> dict[Site, Edit]:
+def _edits(
+    model: Model, pairs: PromptPairs, ablation: str, reference: Any, nodes: Sequence[Site], max_tokens: int | None
+) -> dict[Site, Edit]:
     """The edit that ablates each node."""
     if ablation in ("resample", "counterfactual"):
         return {site: Edit(site) for site in nodes}
     if ablation == "zero":
         return {site: Edit(site, "set", 0.0) for site in nodes}
-    prompts = encode_prompts(model, pairs if reference is None else reference).clean
-    sites = sorted({(site.layer or 0, "z" if site.kind == "head_out" else "mlp_out") for site in nodes})
-    total: dict[tuple[int, str], torch.Tensor] = {}
-    count = 0
-    for prompt in prompts:
-        found = read(model, [prompt], sites, last=last_layer(model, sites))["reads"]
-        for site, activation in found.items():
-            summed = activation[0].sum(0).flatten()
-            total[site] = total[site] + summed if site in total else summed
-        count += len(prompt)
-    means = {site: (summed / count).float().cpu() for site, summed in total.items()}
-    return {
-        site: Edit(site, "set", means[site.layer or 0, "z" if site.kind == "head_out" else "mlp_out"]) for site in nodes
-    }
+    prompts = encode_prompts(model, pairs if reference is None else reference)
+    found = means(model, prompts, sorted({(site.layer or 0, site.kind) for site in nodes}), None, max_tokens)
+    return {site: Edit(site, "set", found[site.layer or 0, site.kind]) for site in nodes}

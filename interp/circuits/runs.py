@@ -83,11 +83,12 @@ def reference_of(model: Model, pairs: PromptPairs, ablation: str, reference: Any
             "reference": "zero",
         }
         parts = model.backend.call(model, mean_contributions, model.taps, program)
+        parts = parts.double()  # a running sum in bf16 would stop growing
         part = parts if ablation == "positional_mean" else parts.sum(1, keepdim=True)
         total = part if total is None else total + part
         count += 1 if ablation == "positional_mean" else len(prompt)
     assert total is not None
-    return total / count
+    return (total / count).float()
 
 
 def run_masks(

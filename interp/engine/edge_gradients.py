@@ -56,11 +56,13 @@ def read_gradients(
         by_head = gradient[flat.to(gradient.device)][..., index]
         weight = matrix(at(block, taps["qkv"][place]))[index]
         reads.append(torch.einsum("rphd,hdm->rhpm", by_head, weight))
-    attention = pull_back(norm, stream[flat.to(stream.device)], torch.cat(reads, dim=1))
+    read = torch.cat(reads, dim=1)  # on the block's device, where its input may not have been yet
+    attention = pull_back(norm, stream[flat.to(stream.device)].to(read.device), read)
     middle = stream if taps["parallel"] else tape.value[layer, "resid_mid"]
     norm = at(block, taps["norm2"]) if taps["norm2"] else None
-    entering = gradients[layer, "mlp_in"][flat.to(middle.device)].unsqueeze(1)
-    mlp = pull_back(norm, middle[flat.to(middle.device)], entering)
+    entering = gradients[layer, "mlp_in"]
+    entering = entering[flat.to(entering.device)].unsqueeze(1)
+    mlp = pull_back(norm, middle[flat.to(middle.device)].to(entering.device), entering)
     both = torch.cat([attention, mlp.to(attention.device)], dim=1)
     return both.unflatten(0, tuple(rows.shape)).mean(1)
 

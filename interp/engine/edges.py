@@ -185,15 +185,18 @@ class Edges:
 
     # ---- reads -------------------------------------------------------------------------------------------------
 
-    def changes(self, layer: int, kind: str, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """ "patch": (rows, base rows, heads, columns, Δ `[read, position, d_model]`) of a layer's changed reads."""
+    def changes(self, layer: int, kind: str, like: Tensor) -> tuple[Tensor, Tensor, Tensor, list[list[slice]], Tensor]:
+        """ "patch": (rows, base rows, heads, columns, Δ `[read, position, d_model]`) of a layer's changed reads.
+
+        Columns are where each read changes: everywhere, or where any of its edges is.
+        """
         chosen = self.by_layer[layer, kind]
         table, streams = self.table[chosen], self.stream_of[chosen]
         place = {name: index for index, name in enumerate(FIELDS)}
         fields = [place["row"], place["base"], place["head"]]
         reads, of = torch.unique(table[:, fields], dim=0, return_inverse=True)
         delta = like.new_zeros(len(reads), *like.shape[1:])
-        columns = torch.full((len(reads),), -1)
+        columns: list[set[int]] = [set() for _ in range(len(reads))]
         for entry, read, stream in zip(table.tolist(), of.tolist(), streams.tolist(), strict=True):
             part = self.deltas[entry[place["sender"]]][stream].to(like.device)
             column = entry[place["column"]]
@@ -201,8 +204,9 @@ class Edges:
                 delta[read] += part
             else:
                 delta[read, column] += part[column]
-            columns[read] = column
-        return reads[:, 0].to(like.device), reads[:, 1].to(like.device), reads[:, 2], columns, delta
+            columns[read].add(column)
+        where = [[slice(None)] if -1 in at else [slice(c, c + 1) for c in sorted(at)] for at in columns]
+        return reads[:, 0].to(like.device), reads[:, 1].to(like.device), reads[:, 2], where, delta
 
     def cut_reads(
         self, layer: int, kind: str, count: int, like: Tensor
@@ -242,22 +246,21 @@ class Edges:
         if not self.wants(layer, kind):
             return x
         assert self.hidden is not None
+        hidden = self.hidden.to(x.device)  # a block's input may still lie on the device of the block before
         taps = self.taps
         module = at(block, taps["qkv"]["qkv".index(kind)])
         index = features(taps, kind).to(x.device)
         x = x.clone()
         if self.mode == "patch":
-            rows, base, heads, columns, delta = self.changes(layer, kind, self.hidden)
-            read = self.hidden[base] + delta
+            rows, base, heads, columns, delta = self.changes(layer, kind, hidden)
+            read = hidden[base] + delta
             new = module(at(block, taps["norm1"])(read) if taps["norm1"] else read)
-            for number, (row, head, column) in enumerate(
-                zip(rows.tolist(), heads.tolist(), columns.tolist(), strict=True)
-            ):
-                where = slice(None) if column < 0 else slice(column, column + 1)
-                x[row, where, index[head]] = new[number, where, index[head]]
+            for number, (row, head, places) in enumerate(zip(rows.tolist(), heads.tolist(), columns, strict=True)):
+                for where in places:
+                    x[row, where, index[head]] = new[number, where, index[head]]
             return x
         if self.reads is None or self.reads[0] != layer:  # q, k and v of a layer read at one place
-            found = self.cut_reads(layer, "q", taps["n_heads"] + 2 * taps["n_kv_heads"], self.hidden)
+            found = self.cut_reads(layer, "q", taps["n_heads"] + 2 * taps["n_kv_heads"], hidden)
             self.reads = (layer, found, at(block, taps["norm1"])(found[-1]) if taps["norm1"] else found[-1])
         _, (rows, source, taken, numbers, _), normed = self.reads
         first = receiver_index(taps, layer, kind) - receiver_index(taps, layer, "q")
@@ -279,6 +282,7 @@ class Edges:
         taps = self.taps
         stream = self.hidden if taps["parallel"] else self.mid
         assert stream is not None
+        stream = stream.to(x.device)
         norm = at(block, taps["norm2"]) if taps["norm2"] else None
         x = x.clone()
         if self.mode == "patch":
@@ -287,9 +291,9 @@ class Edges:
         else:
             return self.exchange(x, norm, *self.cut_reads(layer, "mlp", 1, stream))
         new = norm(read) if norm is not None else read
-        for number, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
-            where = slice(None) if column < 0 else slice(column, column + 1)
-            x[row, where] = new[number, where]
+        for number, (row, places) in enumerate(zip(rows.tolist(), columns, strict=True)):
+            for where in places:
+                x[row, where] = new[number, where]
         return x
 
     def final(self, x: Tensor) -> Tensor:

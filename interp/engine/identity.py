@@ -24,6 +24,8 @@ PACKAGES = ("interp", "torch", "transformers", "nnsight")
 #: A metric's compiled code differs from one minor version to the next.
 PYTHON = ".".join(platform.python_version_tuple()[:2])
 _BLOCK = 1024
+#: Globals that a metric reads and that count as a part of it.
+_PLAIN = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, torch.Tensor, np.ndarray)
 
 
 def identify(
@@ -41,7 +43,12 @@ def identify(
     Reads every weight once; a model whose weights are elsewhere is known by its name and revision.
     """
     return {
-        "model": {"name": model.name, "revision": model.revision, "weights": weights_digest(model.hf)},
+        "model": {
+            "name": model.name,
+            "revision": model.revision,
+            "weights": weights_digest(model.hf),
+            "config": config_digest(model),
+        },
         "dtype": str(model.dtype).removeprefix("torch."),
         "plan": {**resolved.spec, "edits": edits_digest(resolved, context)},
         "prompts": {
@@ -88,6 +95,12 @@ def weights_digest(module: torch.nn.Module) -> str:
         for found in (blocks.sum(0), blocks.sum(1), bits[whole:]):
             digest.update(found.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def config_digest(model: Any) -> str:
+    """Digest of what is in no weight: epsilons, caps, windows, scalings."""
+    said = {key: value for key, value in model.hf.config.to_dict().items() if key not in ("_name_or_path", "dtype")}
+    return text_digest(repr(sorted(said.items())))
 
 
 def edits_digest(resolved: Resolved, context: Context) -> str:
@@ -182,7 +195,7 @@ def _function_parts(function: FunctionType, seen: dict[int, Any]) -> Iterator[by
     for name in sorted(set(_globals_of(function.__code__))):
         item = function.__globals__.get(name)
         local = isinstance(item, FunctionType) and (item.__module__ or "").split(".")[0] == own
-        if local or isinstance(item, bool | int | float | complex | str | bytes | list | tuple | dict | torch.Tensor):
+        if local or isinstance(item, _PLAIN):
             yield f"{name}=".encode()
             yield from _parts(item, seen)
 

@@ -176,6 +176,7 @@ def make_rows(resolved: Resolved, context: Context, prune: bool) -> tuple[list[R
         base = len(context.base[pair])
         source = base if context.source is None else len(context.source[pair])
         answer = context.answer_at(pair, source=False) - base
+        other = 0 if context.source is None else context.answer_at(pair, source=True) - source  # it must run as well
         for number, cell in enumerate(resolved.cells):
             entries: list[tuple[Any, ...]] = []
             first, stage, exists = 0, 10**9, True  # first: counted from the end, 0 = touches nothing
@@ -195,7 +196,8 @@ def make_rows(resolved: Resolved, context: Context, prune: bool) -> tuple[list[R
                     first = min(first, known - base)
                     columns = ((-1,), (-1,))
                 else:
-                    columns = [(to, of) for to, of in zip(*columns, strict=True) if to >= known]
+                    # below the first difference a position is the same in both runs, but not as another one
+                    columns = [(to, of) for to, of in zip(*columns, strict=True) if to >= known or of != to]
                     first = min([first, *(min(to - base, of - source) for to, of in columns)])
                     columns = tuple(zip(*columns, strict=True)) or ((), ())
                 common = (layer, TABLE_KINDS.index(site.kind), OPS.index(edit.op))
@@ -227,7 +229,7 @@ def make_rows(resolved: Resolved, context: Context, prune: bool) -> tuple[list[R
             elif prune and (first > answer or not entries):
                 untouched.append((number, pair))
             else:
-                rows.append(Row(pair, number, stage, first, tuple(entries)))
+                rows.append(Row(pair, number, stage, min(first, other), tuple(entries)))
     return rows, untouched
 
 

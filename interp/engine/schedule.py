@@ -52,6 +52,12 @@ def token_budget(model: Model) -> int:
     return int(450 * max(1.0, 768 / model.d_model))
 
 
+def gradient_budget(model: Model) -> int:
+    """As `token_budget`, where the activations of every layer are kept for the backward pass."""
+    budget = token_budget(model)
+    return budget if model.device.type == "cpu" else max(256, budget // model.n_layers)
+
+
 def rows_are_apart(model: Model) -> bool:
     """Whether a row's numbers do not depend on the rows beside it, as they do where activations are quantised too.
 

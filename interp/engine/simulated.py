@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from nnsight.tracing.util import push
 
 from ..errors import BackendError
 from . import worker as script
+from .identity import weights_digest
 from .remote import Shipped, failure, serialise
 
 #: How many models the worker keeps; one more, and it drops the one that was used longest ago.
@@ -38,6 +40,7 @@ class Worker:
         self.log = Path(self.folder.name) / "stderr.txt"
         self.models: dict[Any, int] = {}  # what is loaded -> its number over there, used last at the end
         self.loads = 0
+        self.lock = threading.Lock()  # answers come in the order of questions
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -61,6 +64,10 @@ class Worker:
 
     def ask(self, kind: str, content: Any, timeout: float) -> tuple[bool, Any]:
         """One question: (True, its answer) or (False, the traceback of its failure); BackendError if lost."""
+        with self.lock:
+            return self._ask(kind, content, timeout)
+
+    def _ask(self, kind: str, content: Any, timeout: float) -> tuple[bool, Any]:
         assert self.process.stdin is not None
         try:
             script.write_frame(self.process.stdin, (kind, content))
@@ -183,7 +190,7 @@ class Simulated(Shipped):
         weights = script.fingerprint(hf)
         in_memory = isinstance(self.source, torch.nn.Module)
         attention = getattr(hf.config, "_attn_implementation", None)
-        key = (id(hf) if in_memory else str(self.source), model.dtype, attention, tuple(weights.items()))
+        key = (id(hf) if in_memory else str(self.source), model.dtype, attention, weights_digest(hf))
         if key in worker.models:
             worker.models[key] = worker.models.pop(key)
             return worker.models[key]
@@ -206,6 +213,8 @@ class Simulated(Shipped):
             options["revision"] = model.revision
         spec = {"source": str(source), "device": str(model.device), "options": options}
         good, answer = worker.ask("load", (worker.loads, spec), self.timeout)
+        if in_memory:
+            shutil.rmtree(source, ignore_errors=True)  # the worker has it in memory now
         if not good:
             raise failure(answer, self.number_of, "loading the model in the worker process")
         wrong = [name for name in weights if not isclose(weights[name], answer.get(name, -1.0), rel_tol=1e-3)]

@@ -9,9 +9,10 @@ import select
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import PlotError
@@ -43,7 +44,7 @@ class Browser:
 
     def __init__(self, width: int = 1280, height: int = 800, scale: float = 1.0) -> None:
         self.size, self.scale = (width, height), scale
-        self._buffer, self._id, self._session = b"", 0, None
+        self._buffer, self._id, self._session, self._patience = b"", 0, None, PATIENCE
 
     def __enter__(self) -> Browser:
         found = find_chromium()
@@ -54,47 +55,57 @@ class Browser:
             )
         if sys.platform == "win32":
             raise PlotError("a PNG can be made on Linux and macOS only: save as .html and print the page")
+        self._name = found
+        with ExitStack() as undo:
+            folder = undo.enter_context(TemporaryDirectory(prefix="interp-browser-", ignore_cleanup_errors=True))
+            self._log = Path(folder, "log")
+            self._start(folder, undo)
+            undo.callback(self._stop)
+            target = self.call("Target.createTarget", url="about:blank")["targetId"]
+            self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            self.call("Page.enable")
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def _start(self, folder: str, undo: ExitStack) -> None:
+        """Start Chromium between two pipes."""
         import fcntl
 
-        self._name = found
-        self._folder = tempfile.TemporaryDirectory(prefix="interp-browser-", ignore_cleanup_errors=True)
-        to_read, self._to = os.pipe()
-        self._from, from_write = os.pipe()
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_read, from_write)]
-        os.close(to_read)
-        os.close(from_write)
         flags = [
-            *_FLAGS, f"--user-data-dir={self._folder.name}/profile", f"--window-size={self.size[0]},{self.size[1]}",
+            *_FLAGS, f"--user-data-dir={folder}/profile", f"--window-size={self.size[0]},{self.size[1]}",
             f"--force-device-scale-factor={self.scale:g}",
         ]  # fmt: skip
         if os.geteuid() == 0:
             flags.append("--no-sandbox")  # Chromium refuses to start as root with it
-        with open(Path(self._folder.name, "log"), "wb") as log:
-            self._process = subprocess.Popen(
-                ["sh", "-c", _PIPES.format(*ends), found, *flags], pass_fds=ends, stdout=log, stderr=log
-            )
-        for end in ends:
-            os.close(end)
-        try:
-            target = self.call("Target.createTarget", url="about:blank")["targetId"]
-            self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-            self.call("Page.enable")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+        with ExitStack() as theirs, open(self._log, "wb") as log:
+            ends = []
+            for side in (0, 1):  # it reads the first pipe and writes the second
+                pipe = os.pipe()
+                undo.callback(os.close, pipe[1 - side])
+                theirs.callback(os.close, pipe[side])
+                ends.append(fcntl.fcntl(pipe[side], fcntl.F_DUPFD, 10))
+                theirs.callback(os.close, ends[-1])
+                if side:
+                    self._from = pipe[0]
+                else:
+                    self._to = pipe[1]
+            command = ["sh", "-c", _PIPES.format(*ends), self._name, *flags]
+            self._process = subprocess.Popen(command, pass_fds=ends, stdout=log, stderr=log)
 
-    def __exit__(self, *_: object) -> None:
-        self._session = None
+    def _stop(self) -> None:
+        """Ask Chromium to end; make it, where it does not."""
+        self._session, self._patience = None, 10.0
         try:
-            self.call("Browser.close")
-            self._process.wait(20)
-        except (PlotError, OSError, subprocess.TimeoutExpired):
-            self._process.kill()
+            with suppress(PlotError, OSError, subprocess.TimeoutExpired):
+                self.call("Browser.close")
+                self._process.wait(20)
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()
             self._process.wait()
-        os.close(self._to)
-        os.close(self._from)
-        self._folder.cleanup()
 
     def open(self, path: Path) -> None:
         """Go to a page of ours and wait until it says that all is drawn."""
@@ -139,7 +150,7 @@ class Browser:
                 data = data[os.write(self._to, data) :]
         except BrokenPipeError:
             raise self._ended(method) from None
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + self._patience
         while True:
             answer = json.loads(self._line(method, end))
             if answer.get("id") != self._id:
@@ -156,7 +167,7 @@ class Browser:
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._from], [], [], max(0, end - time.monotonic()))
             if not ready:
-                raise PlotError(f"Chromium ({self._name}) did not answer {method} within {PATIENCE:g} s")
+                raise PlotError(f"Chromium ({self._name}) did not answer {method} within {self._patience:g} s")
             chunk = os.read(self._from, 1 << 20)
             if not chunk:
                 raise self._ended(method)
@@ -169,5 +180,5 @@ class Browser:
             code = f"ended with code {self._process.wait(5)}"
         except subprocess.TimeoutExpired:
             code = f"closed its pipe at {method}"
-        printed = Path(self._folder.name, "log").read_text(errors="replace").strip().splitlines()[-3:]
+        printed = self._log.read_text(errors="replace").strip().splitlines()[-3:]
         return PlotError(f"Chromium ({self._name}) {code}: {' | '.join(printed)}")

@@ -13,7 +13,7 @@ import interp
 from interp import PromptPairs
 from interp.circuits import Circuit, Evaluation, Facts, compare_circuits, discover, evaluate_circuit, stability
 from interp.circuits.faithfulness import FRACTIONS
-from interp.circuits.runs import run_circuit, run_masks
+from interp.circuits.runs import reference_of, run_circuit, run_masks
 from interp.errors import CircuitError
 
 from ..families import allowed, loaded, oracle_of, words
@@ -96,6 +96,14 @@ def test_positional_means_can_be_over_longer_prompts() -> None:
     for i, clean in enumerate(pairs.clean):
         logits = cut(oracle, clean, means, removed)
         assert abs(found[i] - float(difference(logits, i))) <= allowed(logits)
+
+
+def test_means_do_not_stop_growing_in_bf16() -> None:
+    model, (prompt,) = loaded("gpt2", dtype=torch.bfloat16), words(6)
+    pairs = PromptPairs([prompt], None, [5], [8])
+    one, many = (reference_of(model, pairs, "mean", [prompt] * count) for count in (1, 400))
+    assert one.dtype == torch.float32
+    torch.testing.assert_close(many, one, rtol=1e-3, atol=1e-3)
 
 
 def test_fractions_in_any_order_give_the_same_areas() -> None:

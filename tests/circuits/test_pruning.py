@@ -12,7 +12,7 @@ from torch import Tensor
 
 import interp
 from interp import PromptPairs
-from interp.circuits import Circuit, iterative_pruning, pruning
+from interp.circuits import Circuit, greedy, iterative_pruning, pruning
 from interp.engine.run import run_plan
 from interp.errors import CheckpointError, CircuitError
 
@@ -227,6 +227,8 @@ def test_pruning_continues_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest
     iterative_pruning(model, checkpoint=path, **options)
     stop()
     assert len(once) < len(seen)
+    monkeypatch.setattr(greedy, "token_budget", lambda _: 12345)  # as a GPU's free memory may have it
+    assert list(iterative_pruning(model, checkpoint=path, **options)) == list(whole)
     with pytest.raises(CheckpointError, match=r"another run, which differs in .*ablation"):
         iterative_pruning(model, checkpoint=path, ablation_type="zero", **options)
 

@@ -368,3 +368,39 @@ def test_rows_stay_apart_where_activations_are_quantised(
     monkeypatch.setattr(model.hf.config, "quantization_config", config, raising=False)
     assert choose_schedule(model, "auto") == schedule
     assert choose_schedule(model, "growing") == "growing"  # what is named is run
+
+
+def agree(
+    model: interp.Model, pairs: PromptPairs, plan: interp.Plan, direction: str, moves: bool = True, **options: object
+) -> None:
+    """Every schedule gives the naive one's values and runs, and the patches move something, or nothing."""
+    naive = interp.patch(model, pairs, plan, schedule="naive", direction=direction, **options)
+    scale = 1e-5 * max(1.0, float(abs(naive.values).max()))
+    for schedule in FAST:
+        found = interp.patch(model, pairs, plan, schedule=schedule, direction=direction, **options)
+        for part in ("values", "clean", "corrupted"):
+            one, other = (getattr(effects, part).values for effects in (found, naive))
+            torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=0, atol=scale)
+    assert (float(abs(naive.values - naive.base).max()) > 1e-2) is moves
+
+
+@in_both_directions
+@pytest.mark.parametrize("family", ["gpt2", "llama_gqa", "gemma2", "bloom"])
+def test_a_name_that_stands_before_the_first_difference_takes_another_position(family: str, direction: str) -> None:
+    clean, other = words(8, 8)
+    corrupted = [*clean[:3], *other[3:]]
+    for here, there in ((1, 4), (0, 2), (4, 1)):
+        named = {"s": [{"clean": here, "corrupted": there}]}
+        pairs = PromptPairs([clean], [corrupted], [20], [33], positions=named)
+        agree(loaded(family), pairs, interp.grid("resid_pre", positions=["s"]), direction)
+
+
+@in_both_directions
+@pytest.mark.parametrize("metric", [interp.logit_diff, interp.kl])
+def test_answers_of_two_prompts_at_different_distances_from_their_ends(metric: object, direction: str) -> None:
+    short, long = words(5), words(9, seed=3)
+    for here, there in ((2, 6), (4, 8), (3, 3)):
+        named = {"s": [{"clean": here, "corrupted": there}]}
+        pairs = PromptPairs(short, long, [20], [33], positions=named, answer_positions=[4])
+        moves = (here if direction == "noising" else there) <= 4  # not behind the answer
+        agree(loaded("gpt2"), pairs, interp.grid("resid_pre", positions=["s"]), direction, moves, metric=metric)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import sys
@@ -79,6 +80,11 @@ def test_png_without_a_browser_says_how_to_get_one(tmp_path: Path, monkeypatch: 
     with pytest.raises(PlotError, match="ended with code 3: no display"):
         picture().save(tmp_path / "page.png")
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
+    held = len(os.listdir("/dev/fd"))
+    for _ in range(3):
+        with pytest.raises(PlotError, match="ended with code 3"), Browser():
+            pass
+    assert len(os.listdir("/dev/fd")) == held
 
 
 def test_save_refuses_other_suffixes_and_unwritable_places(tmp_path: Path) -> None:
