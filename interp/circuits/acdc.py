@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..cells import Cell
 from ..engine.checkpoint import read_identity
-from ..engine.identity import text_digest
 from ..metrics import Metric
 from ..models.model import Model
 from ..pairs import PromptPairs
@@ -76,9 +76,9 @@ def acdc(
         found = run_masks(model, pairs, masks, "counterfactual", metric, reference=reference, **options)
         return found.values.mean("pair").values.tolist(), expected
 
-    spec = {"threshold": threshold, "edges": text_digest(repr(order))}
+    spec, tried = {"threshold": threshold}, Cell((0,), cut=kept.T.copy())
     bar = tqdm(total=len(order), disable=None if progress is None else not progress, desc="acdc", unit="edge")
-    with bar, kept_log(checkpoint, model, pairs, metric, "acdc", spec, len(order), max_tokens) as log:
+    with bar, kept_log(checkpoint, model, pairs, metric, "acdc", spec, tried, len(order), max_tokens) as log:
         for edge, change, value in in_turn(order, current, threshold, attempt, stays, ahead, bar, log):
             if stays[edge]:
                 scores[edge] = change

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cells import Resolved
+from ..cells import Cell, Resolved
 from ..engine.checkpoint import Checkpoint, read_identity
 from ..engine.identity import identify, text_digest
 from ..engine.run import context_of
@@ -56,10 +56,14 @@ def kept_log(
     metric: Metric,
     method: str,
     spec: Mapping[str, Any],
+    cell: Cell,
     most: int,
     budget: int,
 ) -> Iterator[Log]:
     """A log in a file, of at most so many removals; without a path, one that is forgotten.
+
+    Args:
+        cell: the edits or cut edges that removals are made of; with `spec` it tells one run from another.
 
     Raises:
         CheckpointError: the file is of another run (it names what differs), or cannot be written.
@@ -67,10 +71,10 @@ def kept_log(
     if path is None:
         yield Log()
         return
-    nothing = Resolved((), (), {})
-    context = context_of(model, model.encode(pairs), "noising", nothing, "growing")
-    identity = identify(model, context, nothing, metric, method, "growing", budget, spec)
-    with Checkpoint(path, identity, text_digest(repr((method, sorted(spec.items())))), [1] * most) as checkpoint:
+    resolved = Resolved((), (cell,), {})
+    context = context_of(model, model.encode(pairs), "noising", resolved, "growing")
+    identity = identify(model, context, resolved, metric, method, "growing", budget, spec)
+    with Checkpoint(path, identity, text_digest(repr(sorted(identity.items()))), [1] * most) as checkpoint:
         yield Log(checkpoint)
 
 

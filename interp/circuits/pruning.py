@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from ..ablation import means
 from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edit
-from ..engine.identity import text_digest
 from ..engine.reading import encode_prompts
 from ..engine.run import run_plan
 from ..errors import CircuitError
@@ -112,10 +110,11 @@ def iterative_pruning(
 
     _, current = measure([nodes[:1]])
     passes = 0
-    spec = {"threshold": threshold, "ablation": ablation_type, "nodes": len(nodes), "means": _digest(edit_of)}
+    spec = {"threshold": threshold, "ablation": ablation_type}
+    every = Cell((0,), edits=tuple((edit, EVERYWHERE) for edit in edit_of.values()))
     bar = tqdm(disable=None if progress is None else not progress, desc="pruning", unit="node")
     tests = len(nodes) * (len(nodes) + 1)  # more than passes can take
-    with bar, kept_log(checkpoint, model, pairs, metric, "iterative_pruning", spec, tests, max_tokens) as log:
+    with bar, kept_log(checkpoint, model, pairs, metric, "iterative_pruning", spec, every, tests, max_tokens) as log:
         while True:
             passes += 1
             left, before = [site for site in nodes if site not in dropped], len(dropped)
@@ -148,15 +147,6 @@ class _Sets(Cells):
         if any(edit.op == "replace" for cell in self.cells for edit, _ in cell.edits):
             encoded.require_aligned("pruning with a second prompt")
         return Resolved(((self.dim, self.labels),), self.cells, dict(self.spec))
-
-
-def _digest(edits: dict[Site, Edit]) -> str:
-    """Tells one set of ablations from another."""
-    return text_digest(repr([(str(site), edit.op, _numbers(edit.value)) for site, edit in edits.items()]))
-
-
-def _numbers(value: Any) -> Any:
-    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def _edits(
