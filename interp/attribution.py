@@ -13,7 +13,7 @@ import torch
 from .cells import Resolved
 from .edits import OPS
 from .effects import Effects
-from .engine.compile import compile_chunk
+from .engine.compile import compile_chunk, gradient_program
 from .engine.rows import SOURCE, Context, Row, check_direction, make_rows, stage_of
 from .engine.run import check_metric, context_of, make_effects, provenance, run_plan
 from .engine.schedule import choose_schedule, gradient_budget, pack_pairs
@@ -79,6 +79,8 @@ def attribute(
             raise PlanError(f"{name}={size}; it is {least} or more")
     encoded = model.encode(pairs)
     check_direction(direction, encoded)
+    needs = {"atp*": ("attn_out", "mlp_out"), "ig": ("embed",)}.get(method, ())
+    model.rests_on(f"attribute(method={method!r})", "backward", *needs)
     resolved = plan.resolve(model, encoded)
     check_metric(metric, encoded, model.vocab_size, gradient=True)
     _check_plan(model, resolved, method)
@@ -126,6 +128,8 @@ def _check_plan(model: Model, resolved: Resolved, method: str) -> None:
             kind = edit.site.kind
             if method == "ig-activations" and kind == "pattern":
                 raise PlanError("'ig-activations' has no path between two attention patterns; use 'atp' or 'ig'")
+            if method == "atp*" and kind in ("q", "k"):
+                model.rests_on(f"attribute(method={method!r}) at {kind}", "pattern", "z")
             if method == "atp*" and kind in ("q", "k") and model.family.pattern != "interface":
                 raise PlanError(
                     f"'atp*' needs the attention logits for q and k, which {model.family.name} models do not expose; "
@@ -238,13 +242,6 @@ def _run(
             for row in by_pair.get(pair, ()):
                 found.add(row, own, width - len(context.base[pair]))
     return found
-
-
-def gradient_program(program: dict[str, Any], pairs: int, sites: Sequence[Site2]) -> dict[str, Any]:
-    """A program over (base, source) rows of some pairs, made a gradient program at the base rows."""
-    base = 2 * torch.arange(pairs)
-    more: dict[str, Any] = {"columns": None, "steps": {}, "drop": [], "exact_qk": False}
-    return {**program, **more, "tape": list(sites), "base": base, "from": base + 1, "gradient": base[:, None]}
 
 
 def _fractions(sites: list[Site2], alphas: tuple[float, ...], method: str) -> dict[Site2, torch.Tensor]:

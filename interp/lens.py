@@ -16,7 +16,7 @@ from .engine.reading import encode_prompts, packed, read_program
 from .engine.run import provenance
 from .engine.schedule import token_budget
 from .engine.trace import execute
-from .errors import MetricError, PlanError, SiteError
+from .errors import AuditError, MetricError, PlanError, SiteError
 from .models.model import Model
 from .pairs import PromptPairs
 from .sites import Site
@@ -187,7 +187,7 @@ def direct_effects(model: Model, pairs: PromptPairs, by: str = "component") -> E
         one without a head at head 0; all other cells are NaN. provenance["remainder"] is the largest difference.
 
     Raises:
-        PlanError: an unknown `by`. MetricError: the pairs have no answers. SiteError: a part that this model does not
+        AuditError: parts that do not add up on this model. PlanError: an unknown `by`. MetricError: the pairs have no answers. SiteError: a part that this model does not
             show.
     """
     if by not in ("component", "head", "position"):
@@ -199,15 +199,14 @@ def direct_effects(model: Model, pairs: PromptPairs, by: str = "component") -> E
         encoded.clean, None, pairs.answers, pairs.distractors, answer_positions=pairs.answer_positions, name=pairs.name
     )
     encoded = model.encode(with_answers)
-    kinds = ("z", "head_out", "mlp_out", "resid_pre", *(("pattern", "v") if by == "position" else ()))
+    model.rests_on("direct_effects", "senders", "head")
+    kinds = ("z", "head_out", "mlp_out", "resid_pre", "resid_post", *(("pattern", "v") if by == "position" else ()))
     for kind in kinds:
         model.require(Site(kind, layer=0))
     layers = range(model.n_layers)
     reads = [(0, "resid_pre"), (model.n_layers - 1, "resid_post")]
     reads += [(layer, kind) for layer in layers for kind in kinds if kind in ("z", "mlp_out", "pattern", "v")]
-    config: Any = model.hf.config
-    config = config.get_text_config()
-    spec = {"kind": "direct", "by_source": by == "position", "scale": getattr(config, "logit_scale", None) or 1.0}
+    spec = {"kind": "direct", "by_source": by == "position"}
     programs, groups = [], packed([len(prompt) for prompt in encoded.clean], token_budget(model))
     for group in groups:
         prompts = [encoded.clean[pair] for pair in group]
@@ -258,6 +257,14 @@ def labelled(model: Model, pairs: PromptPairs, encoded: Any, by: str, groups: An
     else:
         coords[by] = range(size)
     sums = np.nansum(values, axis=tuple(range(values.ndim - 1)), dtype=np.float64)
+    remainder = float(np.abs(sums - clean).max())
+    size = float(np.nansum(np.abs(values), axis=tuple(range(values.ndim - 1)), dtype=np.float64).max())
+    if not remainder <= 1024 * torch.finfo(model.dtype).eps * size:
+        raise AuditError(
+            f"direct effects on {model.name} sum to another logit difference than the model's (off by {remainder:.3g} of "
+            f"parts as large as {size:.3g}): something writes to the stream, or scales the logits, that no part here "
+            "stands for. model.audit() says which law does not hold"
+        )
     record = provenance(
         model,
         encoded,
@@ -266,7 +273,7 @@ def labelled(model: Model, pairs: PromptPairs, encoded: Any, by: str, groups: An
         metric="logit_diff" if encoded.distractors is not None else "logit",
         direction=None,
         plan={"by": by},
-        remainder=float(np.abs(sums - clean).max()),
+        remainder=remainder,
     )
     array = xr.DataArray(values, dims=dims, coords={name: list(labels) for name, labels in coords.items()})
     return Effects(array, xr.DataArray(clean, dims=["pair"], coords={"pair": list(range(n))}), None, record)

@@ -8,7 +8,7 @@ from typing import Any
 from .effects import Effects
 from .engine.run import run_plan
 from .metrics import Metric, logit_diff
-from .models.model import Model
+from .models.model import EDGE_LAWS, Model
 from .pairs import PromptPairs
 from .plan import paths
 from .sites import Site
@@ -43,7 +43,8 @@ def path_patch(
         Effects with dims (sender, receiver, pair); NaN where the receiver is not downstream of the sender.
 
     Raises:
-        SiteError, PlanError, PairsError, MetricError: before the model runs.
+        SiteError, PlanError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model.
     """
+    model.rests_on("path_patch", *EDGE_LAWS)
     plan = paths(senders, receivers, together=together, through_mlps=through_mlps)
     return run_plan(model, pairs, plan, metric, direction, method="path_patch", **options)

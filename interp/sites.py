@@ -22,6 +22,8 @@ HEAD_KINDS = ("q", "k", "v", "q_rot", "k_rot", "pattern", "z", "head_out")
 KV_KINDS = ("k", "v", "k_rot")
 UNIT_KINDS = ("mlp_pre", "neuron")
 LAYERLESS = ("embed", "logits")
+#: Kinds that are read and written through others.
+MADE_FROM = {"head_out": ("z",), "pattern": ("z",)}
 
 _TEXT = re.compile(
     r"^(?:L(?P<layer>-?\d+)(?:\.H(?P<head>\d+))?(?:\.(?P<kind>[a-z_]+))?|(?P<bare>embed|logits))"

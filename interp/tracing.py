@@ -72,6 +72,7 @@ def causal_trace(
     """
     if samples < 1 or window < 1 or noise < 0:
         raise PlanError(f"samples and window must be 1 or more, noise 0 or more; got {samples=}, {window=}, {noise=}")
+    model.rests_on("causal_trace", "embed")
     encoded = model.encode(pairs)
     spans = subject_positions(encoded, subject)
     std = embedding_std(model, encoded.clean, spans, options.get("max_tokens"))

@@ -15,7 +15,7 @@ from .oracle.configs import D_VOCAB, FAMILIES, tiny
 from .oracle.hooks import KINDS, Oracle
 
 #: Families of the oracle that the library must refuse, or parts of which its audit must refuse.
-UNSUPPORTED = ("granite", "glm4", "apertus", "persimmon")
+UNSUPPORTED = ("glm4", "apertus", "persimmon")
 SUPPORTED = tuple(family for family in FAMILIES if family not in UNSUPPORTED)
 PARALLEL = ("gptj", "gpt_neox", "phi", "falcon", "falcon_new", "stablelm_parallel", "cohere", "cohere2")
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")

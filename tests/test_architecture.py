@@ -32,7 +32,7 @@ BACKWARD = {
 SHIPPED = (
     "errors.py", "sites.py", "edits.py", "metrics.py", "models/views.py", "engine/trace.py", "engine/forward.py",
     "engine/attention.py", "engine/state.py", "engine/readout.py", "engine/edges.py", "engine/gradients.py",
-    "engine/edge_gradients.py",
+    "engine/edge_gradients.py", "engine/rotary.py",
 )  # fmt: skip
 #: Packages that one room alone may import, wherever in its files.
 OWNERS = {

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
+from ..engine.ambient import undisturbed
 from ..errors import AuditError, InterpError
 from ..models.model import Model
 from ..sites import KINDS
+from .laws import LAWS, check_laws
 from .parts import Finding
+from .plain import plain_run
 from .reads import check_reads as _read_findings
+from .reads import read_all
 from .runs import check_embed, check_identity, check_padding
 from .writes import check_writes
 
@@ -37,19 +41,19 @@ class AuditReport:
         out: dict[str, str] = {}
         worst = sorted((f for f in self.findings if not f.ok), key=lambda f: -(f.error / (f.tolerance or 1e-30)))
         for finding in worst:
-            out.setdefault(
-                finding.kind,
-                f"{finding.what} at layer {finding.layer} is off by {finding.error:.3g} (allowed {finding.tolerance:.1g})",
-            )
+            said = f"{finding.what} at layer {finding.layer} is off by {finding.error:.3g} (allowed {finding.tolerance:.1g})"
+            if finding.what == "law":
+                said = f"it does not hold that {LAWS[finding.kind]} ({finding.note or said.removeprefix('law ')})"
+            out.setdefault(finding.kind, said)
         return out
 
     def __str__(self) -> str:
         lines = [
             f"audit of {self.model} ({self.family})",
-            f"{'site':<11}{'check':<12}{'layers':>7}{'worst/allowed':>15}  ",
+            f"{'site or law':<15}{'check':<12}{'layers':>7}{'worst/allowed':>15}  ",
         ]
-        for kind in KINDS:
-            for what in ("read", "write", "self-patch", "padding"):
+        for kind in (*KINDS, *LAWS):
+            for what in ("read", "write", "self-patch", "padding", "law"):
                 found = [finding for finding in self.findings if (finding.kind, finding.what) == (kind, what)]
                 if not found:
                     continue
@@ -60,7 +64,7 @@ class AuditReport:
                 verdict = "ok" if all(finding.ok for finding in found) else "FAILED"
                 layers = len({finding.layer for finding in found})
                 lines.append(
-                    f"{kind:<11}{what:<12}{layers:>7}{worst:>15.3f}  {verdict}{'  note: ' + '; '.join(notes) if notes else ''}"
+                    f"{kind:<15}{what:<12}{layers:>7}{worst:>15.3f}  {verdict}{'  note: ' + '; '.join(notes) if notes else ''}"
                 )
         count = len(self.findings)
         lines.append(f"{count} checks, " + ("all passed" if self.ok else f"FAILED: {self.failed}"))
@@ -84,7 +88,8 @@ def _local(model: Model) -> None:
 def _row_on_trial(model: Model) -> Iterator[None]:
     """A row so wrong that no forward pass can follow it fails in many ways; they all mean one thing."""
     try:
-        yield
+        with undisturbed(model.hf):
+            yield
     except InterpError:
         raise
     except Exception as error:
@@ -121,10 +126,13 @@ def audit(model: Model, *, length: int = 9, layers: Sequence[int] | None = None)
     _local(model)
     prompt, other = _prompt(model, length, 0), _prompt(model, length, 1)
     with _row_on_trial(model):
-        findings: list[Finding] = [*_read_findings(model, prompt)]
+        plain = plain_run(model, prompt, gradients=True)
+        run = read_all(model, prompt)
+        findings: list[Finding] = [*_read_findings(model, prompt, plain, run)]
         for layer in range(model.n_layers) if layers is None else layers:
-            findings += check_writes(model, prompt, other, layer)
-        findings += [*check_embed(model, prompt), *check_identity(model, prompt), *check_padding(model, prompt)]
+            findings += check_writes(model, prompt, other, layer, plain)
+        findings += [*check_embed(model, prompt, plain), *check_identity(model, prompt, plain)]
+        findings += [*check_padding(model, prompt), *check_laws(model, prompt, other, plain, run["reads"])]
     report = _report(model, findings)
     _refuse(model, report)
     return report
@@ -133,8 +141,13 @@ def audit(model: Model, *, length: int = 9, layers: Sequence[int] | None = None)
 def check_reads(model: Model) -> AuditReport:
     """One short forward that checks all reads; `load_model` runs it. Sites that fail are refused, with a warning."""
     _local(model)
+    prompt, other = _prompt(model, 5, 0), _prompt(model, 5, 1)
     with _row_on_trial(model):
-        report = _report(model, _read_findings(model, _prompt(model, 5, 0)))
+        plain = plain_run(model, prompt, gradients=True)
+        run = read_all(model, prompt)
+        findings = [*_read_findings(model, prompt, plain, run)]
+        findings += check_laws(model, prompt, other, plain, run["reads"])
+        report = _report(model, findings)
     _refuse(model, report)
     if report.failed:
         warnings.warn(

@@ -5,6 +5,7 @@ Expected values never come from the taps that are on trial.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,16 @@ from torch import Tensor
 from ..models.model import Model
 from ..models.views import at, features
 from ..sites import KINDS
+from .plain import MOST, TIMES
 
-#: Largest error, relative to max(1, largest expected value), by float type.
+#: What may separate two equal numbers, relative to the largest that stands or goes in at their position, by float type.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "gelu_impl")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check at one layer: the largest error, what it may be, and a note where there was nothing to prove."""
+    """One check at one layer: the largest error, what it may be there, and a note where there was nothing to prove."""
 
     kind: str
     what: str
@@ -37,12 +39,45 @@ class Finding:
         return self.error <= self.tolerance
 
 
-def compare(kind: str, what: str, layer: int, got: Tensor, want: Tensor, note: str = "") -> Finding:
-    """A finding from two tensors that must be equal."""
+def largest(x: Tensor) -> Tensor:
+    """The largest |x| at each position of `[1, position, …]`; of all there is where there are no positions."""
+    size = x.abs().float()
+    return (
+        size.flatten(2).amax(-1)[0] if x.ndim > 2 and x.numel() else size.max()[None] if x.numel() else size.sum()[None]
+    )
+
+
+def compare(
+    kind: str,
+    what: str,
+    layer: int,
+    got: Tensor,
+    want: Tensor,
+    note: str = "",
+    *,
+    beside: Sequence[Tensor] = (),
+    noise: Tensor | None = None,
+) -> Finding:
+    """A finding from two tensors that must be equal, `[1, position, …]`: the position that is worst for what it may be.
+
+    Args:
+        beside: what went into them, whose size decides how they are rounded.
+        noise: how far rounding moves them on this model, `[position]`, see `audit.plain`.
+    """
     want = want.to(got.device)
-    scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
-    error = float((got.double() - want.double()).abs().max()) if got.numel() else 0.0
-    return Finding(kind, what, layer, float("inf") if error != error else error, TOLERANCE[got.dtype] * scale, note)
+    if not got.numel():
+        return Finding(kind, what, layer, 0.0, TOLERANCE[got.dtype], note)
+    scale = largest(want)
+    for part in beside:
+        size = largest(part).to(scale.device)
+        scale = torch.maximum(scale, size if size.shape == scale.shape else size.max())
+    scale = scale.clamp(min=1.0)
+    allowed = TOLERANCE[got.dtype] * scale
+    if noise is not None:
+        allowed = torch.maximum(allowed, torch.minimum(TIMES * noise.to(allowed.device), MOST * scale))
+    error = largest(got.double() - want.double()).nan_to_num(nan=float("inf"))
+    worst = int((error / allowed).argmax())
+    return Finding(kind, what, layer, float(error[worst]), float(allowed[worst]), note)
 
 
 class Parts:
@@ -51,6 +86,7 @@ class Parts:
     def __init__(self, model: Model, layer: int) -> None:
         self.model, self.family, self.layer = model, model.family, layer
         self.block = at(at(model.hf, model.family.layers), str(layer))
+        self.branch = model.taps["branch"]
 
     def normed(self, path: str | None, x: Tensor) -> Tensor:
         """`x` behind the norm at a path, or itself where the family has none there."""
@@ -63,12 +99,12 @@ class Parts:
 
     def attn_out(self, z: Tensor) -> Tensor:
         """What attention adds to the stream, from z `[row, position, head, d_head]`."""
-        return self.normed(self.family.post_attn, at(self.block, self.family.o)(z.flatten(2)))
+        return self.normed(self.family.post_attn, at(self.block, self.family.o)(z.flatten(2))) * self.branch
 
     def mlp_out(self, neuron: Tensor) -> Tensor:
         """What the MLP adds to the stream, from its hidden units."""
         assert self.family.down is not None
-        return self.normed(self.family.post_mlp, at(self.block, self.family.down)(neuron))
+        return self.normed(self.family.post_mlp, at(self.block, self.family.down)(neuron)) * self.branch
 
     def activation(self) -> Any:
         """The MLP's activation function, or None where it has no name that is known."""
@@ -82,14 +118,3 @@ def kinds_of(model: Model) -> list[str]:
     if model.family.name == "falcon" and model.taps["attention"] != "eager":
         absent.add("pattern")
     return [kind for kind in KINDS if kind not in absent]
-
-
-def logits_of(model: Model, hidden: Tensor) -> Tensor:
-    """Logits from the final residual stream, through the model's own norm and head."""
-    config = model.hf.config.get_text_config()
-    logits = at(model.hf, model.family.head)(at(model.hf, model.family.norm)(hidden))
-    if (scale := getattr(config, "logit_scale", None)) is not None:
-        logits = logits * scale
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return logits

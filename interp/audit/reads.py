@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,35 +11,40 @@ from torch import Tensor
 from ..engine.reading import read
 from ..models.model import Model
 from ..models.views import at, mix_values
-from .parts import Finding, Parts, compare, kinds_of, logits_of
+from .parts import Finding, Parts, compare, kinds_of
+from .plain import Plain
+
+
+def read_all(model: Model, prompt: Sequence[int]) -> dict[str, Any]:
+    """One forward pass in which every site is read: {"reads": {(layer, kind): activation}, "logits": [1, d_vocab]}."""
+    kinds = (*kinds_of(model), "value", "mlp_in")
+    reads = [(layer, kind) for layer in range(model.n_layers) for kind in kinds]
+    return read(model, [prompt], [*reads, (-1, "embed")])
 
 
 @torch.no_grad()
-def check_reads(model: Model, prompt: Sequence[int]) -> Iterator[Finding]:
-    """One forward pass: every read at every layer against the model's own modules and its plain forward."""
+def check_reads(model: Model, prompt: Sequence[int], plain: Plain, run: dict[str, Any]) -> Iterator[Finding]:
+    """Every read at every layer against the model's own modules and its plain forward."""
     kinds, layers = kinds_of(model), range(model.n_layers)
-    reads = [(layer, kind) for layer in layers for kind in kinds] + [(-1, "embed")]
-    run = read(model, [prompt], reads)
     got: dict[tuple[int, str], Tensor] = run["reads"]
     ids = torch.tensor([list(prompt)], device=model.device)
-    plain = model.hf(input_ids=ids, output_hidden_states=True)
-    yield compare("logits", "read", model.n_layers, run["logits"], plain.logits[:, -1])
+    yield compare("logits", "read", model.n_layers, run["logits"], plain.logits, noise=plain.logits_noise)
     yield compare("embed", "read", 0, got[-1, "embed"], at(model.hf, model.family.embed)(ids))
     for layer in layers:
-        here = {kind: got[layer, kind] for kind in kinds}
+        here = {kind: got[layer, kind] for kind in (*kinds, "value") if (layer, kind) in got}
         parts = Parts(model, layer)
         pre, post = here["resid_pre"], here["resid_post"]
-        yield compare("resid_pre", "read", layer, pre, plain.hidden_states[layer])
-        if layer + 1 < model.n_layers:
-            yield compare("resid_post", "read", layer, post, plain.hidden_states[layer + 1])
-        else:
-            yield compare("resid_post", "read", layer, logits_of(model, post[:, -1:])[:, 0], plain.logits[:, -1])
-        total = pre + here["attn_out"] + here["mlp_out"]
+        following = (layer + 1, "attention" if layer + 1 < model.n_layers else "logits")
+        for kind, x, place in (("resid_pre", pre, (layer, "attention")), ("resid_post", post, following)):
+            yield compare(kind, "read", layer, x, plain.stream[place], noise=plain.noise[place])
+        added = (here["attn_out"], here["mlp_out"])
+        total, operands = pre + added[0] + added[1], (pre, *added)
         for kind in ("mlp_out",) if "resid_mid" in here else ("attn_out", "mlp_out"):
-            yield compare(kind, "read", layer, total, post)
+            yield compare(kind, "read", layer, total, post, beside=operands)
         if "resid_mid" in here:
-            yield compare("attn_out", "read", layer, pre + here["attn_out"], here["resid_mid"])
-            yield compare("resid_mid", "read", layer, here["resid_mid"] + here["mlp_out"], post)
+            mid = here["resid_mid"]
+            yield compare("attn_out", "read", layer, pre + here["attn_out"], mid, beside=operands)
+            yield compare("resid_mid", "read", layer, mid + here["mlp_out"], post, beside=(mid, *operands))
         yield from check_attention_reads(model, parts, here)
         if "neuron" in here:
             yield compare("neuron", "read", layer, parts.mlp_out(here["neuron"]), here["mlp_out"])
@@ -53,14 +59,19 @@ def check_attention_reads(model: Model, parts: Parts, here: dict[str, Tensor]) -
         yield compare(kind, "read", layer, here[kind], parts.projected(kind, x))
     yield compare("z", "read", layer, parts.attn_out(here["z"]), here["attn_out"])
     o = at(parts.block, model.family.o)
-    summed = here["head_out"].sum(2) + (0 if o.bias is None else o.bias)
-    yield compare("head_out", "read", layer, parts.normed(model.family.post_attn, summed), here["attn_out"])
+    summed = here["head_out"].sum(2) + o(torch.zeros_like(here["z"].flatten(2)))  # and the bias
+    wrote = parts.normed(model.family.post_attn, summed) * parts.branch
+    yield compare("head_out", "read", layer, wrote, here["attn_out"], beside=(here["head_out"],))
     if "pattern" in here:
         pattern = here["pattern"]
-        mixed = mix_values(pattern, here["v"].transpose(1, 2))
         recomputed = ("q_rot", "k_rot") if model.family.pattern == "interface" else ()
-        for kind in ("pattern", "v", *recomputed):  # one equation that holds only if all of these are right
-            yield compare(kind, "read", layer, mixed, here["z"])
+        noise = rounding_of_pattern(here) if recomputed else None
+        # one equation that holds only if all of these are right, with v as the projection wrote it and as it is mixed
+        mixed_as = here["value"] if here["v"].shape == getattr(here.get("value"), "shape", None) else here["v"]
+        for value, kinds in ((mixed_as, ("pattern", *recomputed)), (here["v"], ("v",))):
+            mixed = mix_values(pattern, value.transpose(1, 2))
+            for kind in kinds:
+                yield compare(kind, "read", layer, mixed, here["z"], beside=(value.abs().max()[None],), noise=noise)
         sums = pattern.double().sum(-1).to(pattern.dtype)
         want = torch.ones_like(sums) if not model.family.sinks else sums.clamp(max=1.0)
         yield compare("pattern", "read", layer, sums, want)
@@ -69,6 +80,13 @@ def check_attention_reads(model: Model, parts: Parts, here: dict[str, Tensor]) -
             moved = here[kind][:, 0].float().norm(), here[plain][:, 0].float().norm()
             note = "" if float(moved[0]) or not float(moved[1]) else "reads zero"
             yield Finding(kind, "read", layer, 0.0 if not note else float("inf"), 0.0, note)
+
+
+def rounding_of_pattern(here: dict[str, Tensor]) -> Tensor:
+    """How far z moves when the scores are rounded: one unit in the last place of |q|·|k| moves a probability by as much."""
+    query, key = (here[kind].float().norm(dim=-1).max() for kind in ("q_rot", "k_rot"))
+    size = query * key * here["q_rot"].shape[-1] ** -0.5
+    return (torch.finfo(here["v"].dtype).eps * size * here["v"].float().abs().max())[None]
 
 
 def check_units(parts: Parts, pre: Tensor, neuron: Tensor) -> Finding:

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
 from ..engine.reading import entry, read
 from ..models.model import Model
 from ..models.views import at
-from .parts import TOLERANCE, Finding, compare, kinds_of
+from .parts import Finding, compare, kinds_of
+from .plain import Plain, logits_of, plain_run
 
 
 @torch.no_grad()
-def check_embed(model: Model, prompt: Sequence[int]) -> Iterator[Finding]:
-    """A write to the embedding equals a plain forward from changed embeddings."""
+def check_embed(model: Model, prompt: Sequence[int], plain: Plain) -> Iterator[Finding]:
+    """A write to the embedding equals a plain forward whose embedding puts out the changed values."""
     place = len(prompt) // 2
-    embedded = at(model.hf, model.family.embed)(torch.tensor([list(prompt)], device=model.device))
+    embed = at(model.hf, model.family.embed)
+    embedded = embed(torch.tensor([list(prompt)], device=model.device))
     spread = float(embedded.float().std()) or 1.0
     step = torch.randn(embedded.shape[-1], generator=torch.Generator().manual_seed(0)) * spread
     step = step.to(embedded.device, embedded.dtype)
     edits = [entry(-1, "embed", "add", 0, column=place, source_column=place, value=0)]
     got = read(model, [prompt], edits=edits, values={(-1, "embed"): step[None, None]})["logits"]
     embedded[:, place] += step
-    yield compare("embed", "write", 0, got, model.hf(inputs_embeds=embedded).logits[:, -1])
+    handle = embed.register_forward_hook(lambda *_: embedded)
+    try:
+        want = logits_of(model, [prompt])
+    finally:
+        handle.remove()
+    yield compare("embed", "write", 0, got, want, noise=plain.logits_noise)
 
 
 @torch.no_grad()
-def check_identity(model: Model, prompt: Sequence[int]) -> Iterator[Finding]:
+def check_identity(model: Model, prompt: Sequence[int], plain: Plain) -> Iterator[Finding]:
     """Patching a run with itself, at every layer at once, changes nothing."""
     kinds = kinds_of(model)
     edits = [
@@ -36,25 +42,24 @@ def check_identity(model: Model, prompt: Sequence[int]) -> Iterator[Finding]:
         for row, kind in enumerate(kinds)
         for layer in range(model.n_layers)
     ]
-    run = read(model, [prompt], edits=edits, origin=[0] * len(kinds), stage=[0] * len(kinds))
+    logits = read(model, [prompt], edits=edits, origin=[0] * len(kinds), stage=[0] * len(kinds))["logits"]
     for row, kind in enumerate(kinds, start=1):
-        yield compare(kind, "self-patch", model.n_layers, run["logits"][row], run["logits"][0])
+        yield compare(kind, "self-patch", model.n_layers, logits[row], logits[0], noise=plain.logits_noise)
 
 
 @torch.no_grad()
 def check_padding(model: Model, prompt: Sequence[int]) -> Iterator[Finding]:
-    """A left-padded row equals the same prompt alone, at every layer.
+    """A left-padded row beside another equals the same prompt alone, at every layer and position.
 
-    Rounding is carried on in the stream: it is held against the largest value that any layer so far had, since a last
-    layer may cancel an activation of ten thousands whose rounding stays (SmolLM2; in float64 nothing is left of it).
+    Rounding is carried on in the stream: a last layer may cancel an activation of ten thousands whose rounding stays
+    (SmolLM2; in float64 nothing is left of it). What is allowed at each position is what rounding moves there.
     """
     short = list(prompt[: max(2, len(prompt) - 3)])
     reads = [(layer, "resid_post") for layer in range(model.n_layers)]
-    both, alone = read(model, [prompt, short], reads), read(model, [short], reads)
-    yield compare("logits", "padding", model.n_layers, both["logits"][1], alone["logits"][0])
-    peak = 1.0
-    for site in reads:
-        activation = alone["reads"][site]
-        peak = max(peak, float(activation.abs().max()))
-        found = compare("resid_post", "padding", site[0], both["reads"][site][1:, -len(short) :], activation)
-        yield replace(found, tolerance=TOLERANCE[activation.dtype] * peak)
+    both, alone, plain = read(model, [prompt, short], reads), read(model, [short], reads), plain_run(model, short)
+    logits = both["logits"][1:], alone["logits"]
+    yield compare("logits", "padding", model.n_layers, *logits, noise=plain.logits_noise)
+    for layer, kind in reads:
+        place = (layer + 1, "attention" if layer + 1 < model.n_layers else "logits")
+        got, want = both["reads"][layer, kind][1:, -len(short) :], alone["reads"][layer, kind]
+        yield compare("resid_post", "padding", layer, got, want, noise=plain.noise[place])

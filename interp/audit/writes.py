@@ -10,13 +10,17 @@ from torch import Tensor
 
 from ..engine.reading import entry, read
 from ..models.model import Model
-from ..models.views import at, features, matrix, mix_values
+from ..models.views import at, features, mix_values
 from ..sites import HEAD_KINDS, KV_KINDS
-from .parts import Finding, Parts, compare, kinds_of, logits_of
+from .parts import Finding, Parts, compare, kinds_of
+from .plain import Plain, logits_from, moved_by
+from .reads import rounding_of_pattern
 
 
 @torch.no_grad()
-def check_writes(model: Model, prompt: Sequence[int], other: Sequence[int], layer: int) -> Iterator[Finding]:
+def check_writes(
+    model: Model, prompt: Sequence[int], other: Sequence[int], layer: int, plain: Plain
+) -> Iterator[Finding]:
     """Every kind of write at one layer, one grown row each; each is proved by what its consumer then did."""
     kinds = kinds_of(model)
     last = layer == model.n_layers - 1
@@ -39,7 +43,7 @@ def check_writes(model: Model, prompt: Sequence[int], other: Sequence[int], laye
         head = {"head": model.heads_of(kind) - 1} if kind in HEAD_KINDS else {}  # the first is alike in most layouts
         edits.append(entry(layer, kind, "add", row_of[kind], column=place, source_column=place, value=0, **head))
         delta[kind] = values[layer, kind][0, 0]
-    reads = [(layer, kind) for kind in kinds] + ([] if last else [(layer + 1, kind) for kind in "qkv"])
+    reads = [(layer, kind) for kind in (*kinds, "value")] + ([] if last else [(layer + 1, kind) for kind in "qkv"])
     origin = [0] * len(kinds)
     stage = [layer + 1 if kind == "resid_post" else layer for kind in kinds]
     order = sorted(range(len(kinds)), key=lambda index: stage[index])  # rows must join in the order of their stage
@@ -56,7 +60,7 @@ def check_writes(model: Model, prompt: Sequence[int], other: Sequence[int], laye
         stage=[stage[index] for index in order],
         last=None if last else layer + 1,
     )
-    trial = Trial(model, layer, place, run, row_of, delta)
+    trial = Trial(model, layer, place, run, row_of, delta, prompt, plain)
     yield from trial.findings()
 
 
@@ -75,8 +79,11 @@ class Trial:
         run: dict[str, Any],
         row_of: dict[str, int],
         delta: dict[str, Tensor],
+        prompt: Sequence[int],
+        plain: Plain,
     ) -> None:
         self.model, self.layer, self.place, self.run = model, layer, place, run
+        self.prompt, self.plain = prompt, plain
         self.row_of, self.delta, self.parts = row_of, delta, Parts(model, layer)
         index = features(model.taps, "z")
         self.head_delta = {
@@ -92,10 +99,12 @@ class Trial:
         """How far a site moved in the row of a write."""
         return self.get(kind, row) - self.get(kind, None)
 
-    def expect(self, kind: str, got: Tensor, want: Tensor, weight: Tensor | None = None) -> Finding:
-        """A finding on a write; a consumer whose weights are zero has nothing to show, which is a note."""
-        zero = weight is not None and not bool(weight.abs().max())
-        return compare(kind, "write", self.layer, got, want, "weights are zero" if zero else "")
+    def expect(
+        self, kind: str, got: Tensor, want: Tensor, still: Tensor | None = None, beside: Sequence[Tensor] = ()
+    ) -> Finding:
+        """A finding on a write; where the consumer would do the same without it (`still`), its weights are zero: a note."""
+        zero = still is not None and torch.equal(want, still)
+        return compare(kind, "write", self.layer, got, want, "weights are zero" if zero else "", beside=beside)
 
     def at_place(self, step: Tensor, like: Tensor) -> Tensor:
         """A change at the edited position only."""
@@ -111,8 +120,9 @@ class Trial:
             after = self.get("resid_post", kind)
             if kind == "attn_out" and "resid_mid" in has:  # a sequential MLP answers to the write
                 before, after = ["resid_pre"], self.get("resid_mid", kind)
-            want = sum((self.get(part, kind) for part in before), self.get(kind, None))
-            yield self.expect(kind, after, want + self.at_place(self.delta[kind], want))
+            operands = [self.get(part, kind) for part in before]
+            want = sum(operands, self.get(kind, None))
+            yield self.expect(kind, after, want + self.at_place(self.delta[kind], want), beside=operands)
         if family.parallel:
             yield self.expect("attn_out", self.get("mlp_out", "attn_out"), self.get("mlp_out", None))
         yield from self._stream("resid_pre", family.norm1)
@@ -132,9 +142,9 @@ class Trial:
         elif "mlp_pre" in self.row_of:
             pre = at(self.parts.block, self.model.family.mlp_pre or "")(x)[..., : self.model.d_mlp]
             yield self.expect(kind, self.get("mlp_pre", kind), pre)
-        added = self.get("mlp_out", kind) + (self.get("attn_out", kind) if kind == "resid_pre" else 0)
-        want = self.get(kind, None) + self.at_place(self.delta[kind], moved) + added
-        yield self.expect(kind, self.get("resid_post", kind), want)
+        operands = [self.get(part, kind) for part in (("attn_out",) if kind == "resid_pre" else ()) + ("mlp_out",)]
+        want = sum(operands, self.get(kind, None) + self.at_place(self.delta[kind], moved))
+        yield self.expect(kind, self.get("resid_post", kind), want, beside=[self.get(kind, kind), *operands])
 
     def _last_stream(self) -> Iterator[Finding]:
         kind = "resid_post"
@@ -145,21 +155,21 @@ class Trial:
             yield self.expect(kind, self.get("q", kind, self.layer + 1), want)
         else:
             row = self.row_of[kind]
-            yield self.expect(kind, self.run["logits"][row : row + 1], logits_of(self.model, after[:, -1:])[:, 0])
+            logits = self.run["logits"][row : row + 1], logits_from(self.model, self.prompt, after)
+            yield compare(kind, "write", self.layer, *logits, noise=self.plain.logits_noise)
             got = self.get(kind, kind)
             yield self.expect(kind, got, after)
 
     def _attention(self, has: set[str]) -> Iterator[Finding]:
         """q, k, v reach only the heads that use them; z and head_out move attention's output by W_O·Δ."""
-        model, d = self.model, self.model.d_head
+        model = self.model
         group = model.n_heads // model.n_kv_heads
-        o = at(self.parts.block, model.family.o)
-        by_head = matrix(o)[:, -d:]
+        z = self.get("z", None)
+        still = self.parts.attn_out(z)
         for kind in ("z", "head_out"):
-            z = self.get("z", None)
             step = torch.zeros_like(z)
             step[:, self.place, -1] = self.head_delta[kind]
-            yield self.expect(kind, self.get("attn_out", kind), self.parts.attn_out(z + step), by_head)
+            yield self.expect(kind, self.get("attn_out", kind), self.parts.attn_out(z + step), still)
         for kind in ("q", "k", "v", "q_rot", "k_rot"):
             if kind not in has:
                 continue
@@ -167,32 +177,57 @@ class Trial:
             moved = self.moved("z", kind)
             joint = self.model.family.joint_qk_norm and kind in "qk"
             outside = moved[:, :, : 0 if joint else model.n_heads - reach]
-            yield self.expect(kind, outside, torch.zeros_like(outside))
+            yield self.expect(kind, outside, torch.zeros_like(outside), beside=[z])
             before = moved[:, : self.place]
-            yield self.expect(kind, before, torch.zeros_like(before))
+            yield self.expect(kind, before, torch.zeros_like(before), beside=[z])
             if kind == "v":
                 if "pattern" in has:
                     step = self.delta[kind][features(model.taps, "v")[-1].to(moved.device)]
                     weight = self.get("pattern", None)[:, -reach:, :, self.place].transpose(1, 2)
-                    yield self.expect(kind, moved[:, :, -reach:], weight[..., None] * step)
+                    yield self.expect(kind, moved[:, :, -reach:], weight[..., None] * step, beside=[z])
                 continue
             if kind.startswith("q"):  # a query is used at its own position alone; if it is a key, so is the key a query
                 later = moved[:, self.place + 1 :]
                 for one in (kind, kind.replace("q", "k")):
-                    yield self.expect(one, later, torch.zeros_like(later))
+                    yield self.expect(one, later, torch.zeros_like(later), beside=[z])
             if "pattern" in has:
-                z = mix_values(self.get("pattern", kind), self.get("v", kind).transpose(1, 2))
-                yield self.expect(kind, self.get("z", kind), z)
+                value = self._values(kind)
+                yield self.expect(kind, value, self._values(None))
+                mixed, noise = mix_values(self.get("pattern", kind), value.transpose(1, 2)), self._pattern_noise(kind)
+                got = self.get("z", kind)
+                yield compare(kind, "write", self.layer, got, mixed, beside=[value.abs().max()[None]], noise=noise)
             inside = float(moved[:, self.place :, -reach:].abs().max())
             other = self.get("k" if kind.startswith("q") else "q", None)
             idle = not float(other.abs().max()) or not float(self.get("v", None).abs().max())
             note = "weights are zero" if idle else "attention is saturated" if self._saturated(kind, reach) else ""
+            if not inside and not note and kind in "qk" and self._clipped(kind):
+                note = "the model clips the step"
             yield Finding(kind, "write", self.layer, 0.0 if inside or note else float("inf"), 0.0, note)
         if "pattern" in has:
             pattern = self.run["reads"][self.layer, "pattern"][1:2]
-            want = mix_values(pattern, self.get("v", None).transpose(1, 2))
+            want = mix_values(pattern, self._values(None).transpose(1, 2))
             yield self.expect("pattern", self.get("z", "pattern"), want)
-            yield self.expect("pattern", self.get("attn_out", "pattern"), self.parts.attn_out(want), by_head)
+            yield self.expect("pattern", self.get("attn_out", "pattern"), self.parts.attn_out(want), still)
+
+    def _values(self, row: str | None) -> Tensor:
+        """v as attention mixes it in a row."""
+        value, v = self.run["reads"].get((self.layer, "value")), self.get("v", row)
+        return v if value is None or value.shape[1:] != v.shape[1:] else self.get("value", row)
+
+    def _clipped(self, kind: str) -> bool:
+        """Whether the model itself does nothing with the step, when a plain hook adds it to the projection's output."""
+        block = f"{self.model.family.layers}.{self.layer}."
+        step = torch.zeros(1, len(self.prompt), len(self.delta[kind]))
+        head = features(self.model.taps, kind)[-1]  # the head that was written
+        step[:, self.place, head] = self.delta[kind][head].float().cpu()
+        path, reader = block + self.model.family.qkv["qkv".index(kind)], block + self.model.family.o
+        return not bool(moved_by(self.model, self.prompt, path, step, reader).abs().max())
+
+    def _pattern_noise(self, row: str) -> Tensor | None:
+        """How far z moves when the scores that the pattern is recomputed from are rounded."""
+        if self.model.family.pattern != "interface":
+            return None
+        return rounding_of_pattern({kind: self.get(kind, row) for kind in ("q_rot", "k_rot", "v")})
 
     def _saturated(self, kind: str, reach: int) -> bool:
         """Whether attention is so sharp that a step of a query or key cannot move it."""
@@ -206,10 +241,10 @@ class Trial:
 
     def _units(self) -> Iterator[Finding]:
         """Hidden units move the MLP's output by W_down·Δ; `mlp_pre` moves its own hidden units only."""
-        down = matrix(at(self.parts.block, self.model.family.down or ""))
         neuron = self.get("neuron", None)
         step = self.at_place(self.delta["neuron"], neuron)
-        yield self.expect("neuron", self.get("mlp_out", "neuron"), self.parts.mlp_out(neuron + step), down)
+        still = self.parts.mlp_out(neuron)
+        yield self.expect("neuron", self.get("mlp_out", "neuron"), self.parts.mlp_out(neuron + step), still)
         act = self.parts.activation()
         moved = self.get("neuron", "mlp_pre")
         if act is None:

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..attribution import FLAT, gradient_program, midpoints, step_rows
+from ..attribution import FLAT, midpoints, step_rows
 from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edge, Edit
-from ..engine.compile import compile_chunk
+from ..engine.ambient import undisturbed
+from ..engine.compile import compile_chunk, gradient_program
 from ..engine.run import check_metric, context_of, run_plan
 from ..engine.schedule import gradient_budget, pack_pairs
 from ..engine.trace import execute_gradients
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
-from ..models.model import Model
+from ..models.model import EDGE_LAWS, GRADIENT_LAWS, Model
 from ..pairs import PromptPairs
 from .acdc import acdc
 from .circuit import Circuit
@@ -92,6 +93,14 @@ def discover(
         raise CircuitError(f"max_tokens={max_tokens}; a batch holds 1 token or more")
     check_metric(metric, encoded, model.vocab_size, gradient=method not in ("exact", "acdc"))
     facts = Facts.of(model)
+    said = f"discover(method={method!r}, level={level!r})"
+    if method == "exact" and level == "node":
+        for site in facts.senders:
+            model.require(patch_site(site))
+    else:
+        model.rests_on(said, *EDGE_LAWS, *(() if method in ("exact", "acdc") else GRADIENT_LAWS))
+    if method == "eap-ig-activations":
+        model.rests_on(said, "z", "mlp_out", "resid_pre")
     meta: dict[str, Any] = {
         "model": model.name,
         "method": method,
@@ -247,7 +256,7 @@ def expected_seconds(model: Model, pairs: PromptPairs, cells: Sequence[Cell]) ->
     probe = torch.tensor([list(encoded.clean[0])] * 8, device=model.device)
     if probe.is_meta or model.device.type == "meta":
         return 0.0
-    with torch.no_grad():
+    with undisturbed(model.hf), torch.no_grad():
         model.hf(input_ids=probe[:, :2])
         if probe.is_cuda:
             torch.cuda.synchronize(probe.device)

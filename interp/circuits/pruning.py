@@ -86,6 +86,8 @@ def iterative_pruning(
         raise CircuitError(f"components {list(components)}; they are 'head' and 'mlp'")
     facts = Facts.of(model)
     nodes = [site for site in facts.senders[:0:-1] if ("mlp" if site.kind == "mlp_out" else "head") in components]
+    for site in nodes:
+        model.require(site)
     max_tokens = budget_of(checkpoint, model, max_tokens)
     edit_of = _edits(model, pairs, ablation_type, reference, nodes, max_tokens)
     trajectory: list[dict[str, Any]] = []

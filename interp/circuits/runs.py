@@ -11,12 +11,12 @@ import torch
 
 from ..cells import Cell, Resolved
 from ..effects import Effects
-from ..engine.reading import encode_prompts
+from ..engine.reading import contribution_program, encode_prompts
 from ..engine.run import run_plan
-from ..engine.trace import mean_contributions
+from ..engine.trace import contributions
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
-from ..models.model import Model
+from ..models.model import EDGE_LAWS, Model
 from ..pairs import EncodedPairs, PromptPairs
 from .circuit import Circuit
 from .nodes import Facts
@@ -53,6 +53,7 @@ def reference_of(model: Model, pairs: PromptPairs, ablation: str, reference: Any
     Means are over the reference prompts (the pairs' own clean ones by default) and, for "mean", their positions.
     """
     check_ablation(ablation, pairs)
+    model.rests_on("running a circuit", *EDGE_LAWS)
     if ablation == "counterfactual":
         return "source"
     if ablation == "zero":
@@ -69,20 +70,10 @@ def reference_of(model: Model, pairs: PromptPairs, ablation: str, reference: Any
                 + "; use ablation='mean'"
             )
         prompts = tuple(prompt[:length] for prompt in prompts)  # what follows does not change what came before
-    from ..engine.reading import read_program
-
     total: torch.Tensor | None = None
     count = 0
     for prompt in prompts:
-        program = read_program(model, [prompt])
-        program["edges"] = {
-            "mode": "cut",
-            "rows": torch.zeros(0, dtype=torch.long),
-            "origin": torch.zeros(0, dtype=torch.long),
-            "mask": torch.zeros(0, 1, 1, dtype=torch.bool),
-            "reference": "zero",
-        }
-        parts = model.backend.call(model, mean_contributions, model.taps, program)
+        parts, _ = model.backend.call(model, contributions, model.taps, contribution_program(model, prompt))
         parts = parts.double()  # a running sum in bf16 would stop growing
         part = parts if ablation == "positional_mean" else parts.sum(1, keepdim=True)
         total = part if total is None else total + part

@@ -30,6 +30,8 @@ def edit_core(run: Run, layer: int, call: Any, kinds: list[str]) -> dict[str, An
             new[place] = torch.cat([past, part], dim=2) if past.shape[2] else part
     if "q_rot" in kinds or "k_rot" in kinds:
         call.inputs = (tuple(new), kwargs)
+    if (layer, "value") in run.reads:  # for the audit: v as attention mixes it, which some models clip on the way
+        run.kept[layer, "value"] = new[first + 2].transpose(1, 2)[:, -new[first].shape[2] :].clone()
     if "pattern" not in kinds:
         return None
     mask = new[first + 3] if len(new) > first + 3 else kwargs.get("attention_mask")
@@ -104,8 +106,8 @@ def edit_probabilities(run: Run, layer: int, call: Any) -> None:
                 flat[target] = with_number(flat[target], group, run.values[layer, "pattern"])
         pattern = pattern.reshape(shape)
         call.output = pattern
-    if run.tape is not None:
-        run.tape.take(layer, "pattern", pattern)
+    if run.tape is not None and (layer, "pattern") in run.tape.wanted:
+        pattern = call.output = run.tape.take(layer, "pattern", pattern)
     if (layer, "pattern") in run.reads:
         run.kept[layer, "pattern"] = pattern.reshape(len(run.rows), -1, *pattern.shape[-2:])
 
@@ -113,7 +115,7 @@ def edit_probabilities(run: Run, layer: int, call: Any) -> None:
 def edit_heads(run: Run, layer: int, module: Any, z: Tensor, out: Tensor) -> Tensor:
     """Write heads' outputs z·W_O: what the output projection wrote, plus new − old of the heads that change."""
     index = features(run.taps, "z")
-    by_head = output_matrix(module, index.to(z.device))  # [head, d_head, d_model]
+    by_head = output_matrix(module, index, z)  # [head, d_head, d_model]
     if (layer, "head_out") in run.reads:
         heads = z.unflatten(2, (run.taps["n_heads"], -1))
         run.kept[layer, "head_out"] = torch.einsum("rphd,hdm->rphm", heads, by_head)
@@ -124,5 +126,5 @@ def edit_heads(run: Run, layer: int, module: Any, z: Tensor, out: Tensor) -> Ten
             apply_group(changed, group, run.values.get((layer, "head_out")), index)
         out = out + (changed - z) @ by_head.flatten(0, 1)
     if run.tape is not None:
-        run.tape.take(layer, "head_out", out)
+        out = run.tape.take(layer, "head_out", out)
     return out

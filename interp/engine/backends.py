@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 
 from ..errors import BackendError
 from ..metrics import Metric
+from .ambient import ordinary, undisturbed
 from .trace import execute
 
 Done = Callable[[int, torch.Tensor], None]
@@ -36,15 +37,21 @@ class Local:
 
     def run(self, model: Any, programs: list[dict[str, Any]], metric: Metric, done: Done) -> None:
         """Every program in order; `done(index, metric [scored])` after each."""
-        execute(model.nn, model.taps, programs, metric, lambda index, found: done(index, found["metric"]))
+        report = lambda index, found: done(index, found["metric"])  # noqa: E731
+        with undisturbed(model.hf):
+            execute(model.nn, model.taps, ordinary(programs), metric, report)
 
     def call(self, model: Any, function: Callable[..., Any], *args: Any) -> Any:
         """`function(model.nn, *args)`."""
-        return function(model.nn, *args)
+        with undisturbed(model.hf):
+            return function(model.nn, *ordinary(args))
 
 
-def make_backend(name: Any, source: Any) -> Backend:
+def make_backend(name: Any, source: Any, options: Mapping[str, Any] | None = None) -> Backend:
     """The backend that `load_model(backend=…)` names: a name, the address of a server, or a backend as it is.
+
+    Args:
+        options: those of `load_model` for `from_pretrained`; a process that reads the checkpoint itself needs them too.
 
     Raises:
         BackendError: no such backend, or one that cannot hold this model.
@@ -56,8 +63,9 @@ def make_backend(name: Any, source: Any) -> Backend:
 
         here = Path(source).expanduser() if isinstance(source, str | os.PathLike) else None
         return Simulated(
-            here.resolve() if here is not None and here.is_dir() else source
-        )  # the worker has a folder of its own
+            here.resolve() if here is not None and here.is_dir() else source,  # the worker has a folder of its own
+            options=options,
+        )
     if name == "ndif" or str(name).startswith(("http://", "https://")):
         from .ndif import Ndif
 

@@ -120,6 +120,13 @@ def compile_chunk(
     return Chunk(program, pairs, tuple(patched))
 
 
+def gradient_program(program: dict[str, Any], pairs: int, sites: Sequence[tuple[int, str]]) -> dict[str, Any]:
+    """A program over (base, source) rows of some pairs, made a gradient program at the base rows."""
+    base = 2 * torch.arange(pairs)
+    more: dict[str, Any] = {"columns": None, "steps": {}, "drop": [], "exact_qk": False}
+    return {**program, **more, "tape": list(sites), "base": base, "from": base + 1, "gradient": base[:, None]}
+
+
 def inputs_of(
     prompts: Sequence[Sequence[int]], width: int, start_column: int, accepts: frozenset[str]
 ) -> dict[str, torch.Tensor]:

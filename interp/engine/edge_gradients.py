@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.views import at, features, matrix
+from ..models.views import affine, at, features
 from .edges import head_contributions, receiver_index, sender_index
 from .gradients import Tape, averaged, backward
 
@@ -50,12 +50,15 @@ def read_gradients(
     reads = []
     stream = tape.value[layer, "resid_pre"]
     norm = at(block, taps["norm1"]) if taps["norm1"] else None
+    where = gradients[layer, "q"].device
+    entering = stream[flat.to(stream.device)].to(where)
+    entering = norm(entering) if norm is not None else entering
     for place, kind in enumerate("qkv"):
         gradient = gradients[layer, kind]
         index = features(taps, kind).to(gradient.device)
         by_head = gradient[flat.to(gradient.device)][..., index]
-        weight = matrix(at(block, taps["qkv"][place]))[index]
-        reads.append(torch.einsum("rphd,hdm->rhpm", by_head, weight))
+        weight, _ = affine(at(block, taps["qkv"][place]), entering)
+        reads.append(torch.einsum("rphd,hdm->rhpm", by_head, weight[index]))
     read = torch.cat(reads, dim=1)  # on the block's device, where its input may not have been yet
     attention = pull_back(norm, stream[flat.to(stream.device)].to(read.device), read)
     middle = stream if taps["parallel"] else tape.value[layer, "resid_mid"]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.views import at, features, norm_parts, output_matrix, project_heads
+from ..models.views import affine, at, features, norm_parts, project_heads
 
 FIELDS = ("row", "base", "source", "sender", "layer", "kind", "head", "column")
 #: The last three add the difference to the stream itself, where the sender writes it: everything downstream sees it.
@@ -48,24 +48,27 @@ def head_contributions(taps: dict[str, Any], block: Any, z: Tensor) -> Tensor:
 
     Behind a post-attention norm, a head's part is its share of the norm's output at the norm's scale in this run.
     """
-    module = at(block, taps["o"])
-    by_head = output_matrix(module, features(taps, "z").to(z.device))
-    heads = torch.einsum("rphd,hdm->rhpm", z.unflatten(2, (taps["n_heads"], -1)), by_head)
+    weight, bias = affine(at(block, taps["o"]), z)
+    by_head = weight[:, features(taps, "z").to(z.device)]  # [d_model, head, d_head]
+    heads = torch.einsum("rphd,mhd->rhpm", z.unflatten(2, (taps["n_heads"], -1)), by_head)
     if taps["post_attn"]:
-        whole = heads.sum(1) + (0 if module.bias is None else module.bias)
-        scale, weight = norm_parts(at(block, taps["post_attn"]), whole)
-        heads = heads * (scale * weight).unsqueeze(1)
-    return heads
+        whole = heads.sum(1) + (0 if bias is None else bias)
+        scale, gain = norm_parts(at(block, taps["post_attn"]), whole)
+        heads = heads * (scale * gain).unsqueeze(1)
+    return heads if taps["branch"] == 1 else heads * taps["branch"]
 
 
 def bias_contribution(taps: dict[str, Any], block: Any, z: Tensor) -> Tensor | None:
     """What an attention layer adds that is no head's: its output bias, `[row, position or 1, d_model]`."""
     module = at(block, taps["o"])
-    bias: Tensor | None = module.bias
-    if bias is not None and taps["post_attn"]:
+    _, bias = affine(module, z)
+    if bias is None:
+        return None
+    bias = bias * taps["branch"]
+    if taps["post_attn"]:
         scale, weight = norm_parts(at(block, taps["post_attn"]), module(z))
         return bias * scale * weight
-    return None if bias is None else bias[None, None].expand(len(z), 1, -1)
+    return bias[None, None].expand(len(z), 1, -1)
 
 
 def weighted(weights: Tensor, parts: Tensor) -> Tensor:
@@ -121,7 +124,7 @@ class Edges:
         if "z" in kinds:
             self.record(layer, "heads", x, block)
         elif "mlp_out" in kinds:
-            self.record(layer, "mlp", x)
+            self.record(layer, "mlp", x if self.taps["branch"] == 1 else x * self.taps["branch"])
         for kind in kinds:
             if kind in ("q", "k", "v"):
                 x = self.project(layer, kind, block, x)
@@ -135,7 +138,7 @@ class Edges:
             return x
         rows, _, _, _, delta = self.changes(layer, kind, x)
         x = x.clone()
-        x[rows] = x[rows] + delta
+        x[rows] = x[rows] + (delta if kind == "embed" else delta / self.taps["branch"])
         return x
 
     def record(self, layer: int, what: str, x: Tensor, block: Any = None) -> None:

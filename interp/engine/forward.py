@@ -106,12 +106,12 @@ def walk(model: Any, run: Run) -> None:
                     run.tape is not None
                 ):  # attention or the stream may read the very same tensor: a gradient of the MLP's own
                     whole = whole.view_as(whole)
-                x = run.visit(layer, "mlp_in", run.by_row(whole), raw=whole if whole.ndim == 3 else None)
+                x = run.visit(layer, "mlp_in", run.by_row(whole))
                 if run.edges is not None:
                     x = run.edges.mlp_input(layer, block, x)
                 tap.input = x.flatten(0, 1) if whole.ndim == 2 else x
             elif "resid_mid" in kinds:  # the same tensor enters the norm and the residual stream: write in place
-                mid = run.visit(layer, "resid_mid", run.by_row(tap.input), fresh=True, raw=tap.input)
+                mid = run.visit(layer, "resid_mid", run.by_row(tap.input), fresh=True, live=tap.input)
                 if run.edges is not None:
                     run.edges.mid = mid
             else:
@@ -126,8 +126,7 @@ def walk(model: Any, run: Run) -> None:
                         assert z is not None
                         x = edit_heads(run, layer, tap, z, x)
                     else:
-                        whole_x = whole[0] if isinstance(whole, tuple) else whole
-                        x = run.visit(layer, kind, x, raw=whole_x if x is before else None)
+                        x = run.visit(layer, kind, x)
                 if "z" in kinds:
                     z = x
                 if x is before:

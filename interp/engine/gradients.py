@@ -33,11 +33,17 @@ class Tape:
         self.core: dict[int, dict[str, Any]] = {}
         self.logits: Tensor | None = None  # of the scored rows, before the metric
 
-    def take(self, layer: int, kind: str, x: Tensor, live: Tensor | None = None) -> None:
-        """Keep an activation if it is wanted; `live` is the tensor in the graph where `x` is a view of it."""
-        if (layer, kind) in self.wanted:
-            self.live[layer, kind] = x if live is None else live
-            self.value[layer, kind] = x.detach().clone()  # a block may add to it in place later (Falcon)
+    def take(self, layer: int, kind: str, x: Tensor, live: Tensor | None = None) -> Tensor:
+        """Keep an activation if it is wanted, and give what goes on in its place.
+
+        That is a copy: what a block then changes in place (Falcon adds to it, OLMo clips it) is no longer the activation
+        whose gradient is taken. `live` is the tensor in the graph where another cannot take its place.
+        """
+        if (layer, kind) not in self.wanted:
+            return x
+        self.live[layer, kind] = x if live is None else live
+        self.value[layer, kind] = x.detach() if live is None else x.detach().clone()
+        return x.clone() if live is None else x
 
 
 def backward(tape: Tape, total: Tensor, sites: list[tuple[int, str]], retain: bool) -> dict[tuple[int, str], Tensor]:
@@ -112,10 +118,10 @@ def products(
             continue
         if kind == "head_out":
             module = at(at(model, taps["layers"])[layer], taps["o"])
-            index = features(taps, "z")
-            z = difference(program, by_part(taps, "z", tape.value[layer, "z"]))
+            whole = tape.value[layer, "z"]
+            z = difference(program, by_part(taps, "z", whole))
             gradient = averaged(program, gradients[layer, "head_out"], steps)
-            by_head = output_matrix(module, index.to(z.device))
+            by_head = output_matrix(module, features(taps, "z"), whole)
             out[layer, kind] = torch.einsum("pthd,hdm,ptm->pth", z, by_head, gradient)
             continue
         change = difference(program, by_part(taps, kind, tape.value[layer, kind]))

@@ -13,6 +13,7 @@ from ..edits import FIELDS, OPS
 from ..models.model import Model
 from ..pairs import EncodedPairs, PromptPairs
 from ..sites import TABLE_KINDS
+from .ambient import undisturbed
 from .compile import inputs_of
 from .trace import execute
 
@@ -62,7 +63,15 @@ def read(model: Model, prompts: Sequence[Sequence[int]], reads: Iterable[tuple[i
     Activations are `[row, position, feature]`; q, k, v, z, q_rot, k_rot and head_out `[row, position, head, feature]`;
     pattern `[row, head, query, key]`. Rows are left-padded to the longest prompt.
     """
-    return execute(model.nn, model.taps, [read_program(model, prompts, reads, **more)], None)[0]
+    with undisturbed(model.hf):
+        return execute(model.nn, model.taps, [read_program(model, prompts, reads, **more)], None)[0]
+
+
+def contribution_program(model: Model, prompt: Sequence[int]) -> dict[str, Any]:
+    """A program over one prompt for `engine.trace.contributions`: edges are recorded, none is cut."""
+    none = torch.zeros(0, dtype=torch.long)
+    edges = {"mode": "cut", "rows": none, "origin": none, "mask": torch.zeros(0, 1, 1, dtype=torch.bool)}
+    return {**read_program(model, [prompt]), "edges": {**edges, "reference": "zero"}}
 
 
 def encode_prompts(model: Model, prompts: Any) -> EncodedPairs:

@@ -6,8 +6,7 @@ them in `readout`, a dictionary with `kind`:
     "tokens"  `rows`, `columns` [token]: the activations that are read, at these tokens alone
     "sums"    `rows`, `columns`, `place` [token], `places`: sums over the tokens of each place, fp32
     "lens"    `layers`, `rows`, `columns`, `next` [token] (-1: none), `top`: what each layer's stream says comes next
-    "direct"  `by_source`: parts of the answers' logits at the scored rows' answer positions; `scale`: what the model
-              multiplies its head's output with
+    "direct"  `by_source`: parts of the answers' logits at the scored rows' answer positions
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..metrics import gather
-from ..models.views import affine_parts, at, features, matrix, output_matrix
+from ..models.views import affine, affine_parts, at, features
 
 
 def readout(model: Any, run: Any) -> dict[str, Any]:
@@ -64,12 +63,11 @@ def lens(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def chosen_rows(head: Any, program: dict[str, Any]) -> Tensor:
+def chosen_rows(weight: Tensor, program: dict[str, Any]) -> Tensor:
     """Direction in the head's input that the logit difference reads `[row, d_model]`, fp32; means over sets."""
     direction: Any = 0
     for tokens, sign in ((program["answers"], 1), (program["distractors"], -1)):
         if tokens is not None:
-            weight = matrix(head)
             ids = tokens.to(weight.device).reshape(len(tokens), -1)
             rows = weight[ids.clamp(min=0)].float() * (ids >= 0).unsqueeze(-1)
             direction = direction + sign * rows.sum(1) / (ids >= 0).sum(1, keepdim=True)
@@ -110,18 +108,21 @@ def direct(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
         return torch.einsum("r...m,rm->r...", part.float(), through.to(part.device)).cpu()
 
     final = here(taps["n_layers"] - 1, "resid_post")
-    direction = chosen_rows(head, program) * spec["scale"]
-    read, norm_bias = pull_back(at(model, taps["norm"]), final, direction)
+    norm = at(model, taps["norm"])
+    unembedding, head_bias = affine(head, norm(final))
+    direction = chosen_rows(unembedding, program) * taps["logit_scale"]
+    read, norm_bias = pull_back(norm, final, direction)
     parts: dict[str, Any] = {"embed": dot(here(0, "resid_pre"), read), "norm_bias": norm_bias.cpu()}
     parts.update(head_out=[], attn_bias=[], mlp_out=[], source=[])
     index = features(taps, "z")
     for layer in range(taps["n_layers"]):
         block = at(model, taps["layers"])[layer]
-        module = at(block, taps["o"])
-        by_head = output_matrix(module, index)  # [head, d_head, d_model]
-        heads = torch.einsum("rhd,hdm->rhm", here(layer, "z"), by_head)
-        constant = torch.zeros_like(heads[:, 0]) if module.bias is None else module.bias.expand_as(heads[:, 0])
-        inner, added = read.to(heads.device), heads.new_zeros(len(heads))
+        z = here(layer, "z")
+        weight, bias = affine(at(block, taps["o"]), z.flatten(1))
+        by_head = weight[:, index.to(z.device)].permute(1, 2, 0)  # [head, d_head, d_model]
+        heads = torch.einsum("rhd,hdm->rhm", z, by_head)
+        constant = torch.zeros_like(heads[:, 0]) if bias is None else bias.expand_as(heads[:, 0])
+        inner, added = read.to(heads.device) * taps["branch"], heads.new_zeros(len(heads))
         if taps["post_attn"]:
             inner, added = pull_back(at(block, taps["post_attn"]), heads.sum(1) + constant, inner)
         parts["head_out"].append(dot(heads, inner))
@@ -136,9 +137,8 @@ def direct(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
             parts["source"].append(torch.einsum("rhk,rkhd,rhd->rk", pattern.float(), value.float(), reach).cpu())
     hidden = head.input
     head.input = hidden[rows.to(hidden.device), columns.to(hidden.device)].unsqueeze(1)
-    logits = head.output[:, 0].float() * spec["scale"]
-    bias = head.bias
-    head_bias = torch.zeros(len(rows)) if bias is None else difference(bias.float().expand_as(logits), program).cpu()
-    parts["head_bias"] = head_bias * spec["scale"]
+    logits = head.output[:, 0].float() * taps["logit_scale"]
+    added = logits.new_zeros(1) if head_bias is None else head_bias.float() * taps["logit_scale"]
+    parts["head_bias"] = difference(added.expand_as(logits), program).cpu()
     made = {name: torch.stack(part, dim=1) if isinstance(part, list) and part else part for name, part in parts.items()}
     return {"parts": made, "metric": difference(logits, program).cpu()}

@@ -31,6 +31,8 @@ from ..models.views import features
 from .edges import Edges
 from .gradients import Tape
 
+#: Kinds that some architectures multiply with a number before they add them to the stream (`taps["branch"]`).
+BRANCHES = ("attn_out", "mlp_out")
 #: Kinds that are part of a wider tensor, or are divided into heads.
 FEATURED = ("q", "k", "v", "z", "q_rot", "k_rot", "mlp_pre")
 
@@ -59,11 +61,21 @@ class Run:
         """`[row, position, feature]`, also where a family flattens rows and positions (OPT)."""
         return x.unflatten(0, (len(self.rows), -1)) if x.ndim == 2 else x
 
-    def visit(self, layer: int, kind: str, x: Tensor, fresh: bool = False, raw: Tensor | None = None) -> Tensor:
-        """Apply the edits of one site to `x [row, position, feature]`, and keep it if it is to be read.
+    def visit(self, layer: int, kind: str, x: Tensor, fresh: bool = False, live: Tensor | None = None) -> Tensor:
+        """Apply the edits of one site to `x [row, position, feature]`, keep it if it is to be read, and give what goes on.
 
-        `raw` is the module's own tensor where `x` is a view of it: that is what a gradient must be taken of.
+        `live` is the tensor in the graph, where what is returned does not take its place.
         """
+        scale = self.taps["branch"] if kind in BRANCHES else 1
+        if scale == 1:
+            return self.visit_site(layer, kind, x, fresh, live)
+        added = x * scale  # what the stream receives
+        new = self.visit_site(layer, kind, added)
+        # as a difference, so that rows that nobody edits keep every bit; a gradient is that of what was added
+        return x + (new - added) / scale if self.tape is None else new / scale
+
+    def visit_site(self, layer: int, kind: str, x: Tensor, fresh: bool = False, live: Tensor | None = None) -> Tensor:
+        """`visit`, of the site's own tensor."""
         groups = self.edits.get((layer, kind), ())
         if groups:
             index = features(self.taps, kind) if kind in FEATURED else None
@@ -74,6 +86,4 @@ class Run:
             own = x[..., features(self.taps, kind).to(x.device)] if kind in FEATURED else x
             own = own[..., 0, :] if kind == "mlp_pre" else own
             self.kept[layer, kind] = own.clone()  # a block may add to it in place later (Falcon)
-        if self.tape is not None:
-            self.tape.take(layer, kind, x, x if raw is None or groups else raw)
-        return x
+        return x if self.tape is None else self.tape.take(layer, kind, x, None if groups else live)

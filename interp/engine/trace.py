@@ -16,6 +16,7 @@ from torch import Tensor
 from .edge_gradients import edge_scores, edge_tapes
 from .forward import forward, walk
 from .gradients import Tape, attributions, slope, wanted_tapes
+from .rotary import RowsAlone
 from .state import Run
 
 
@@ -60,7 +61,7 @@ def execute(
             resume(run, prepared)
         if run.cache is not None:
             inputs = {**inputs, "past_key_values": run.cache, "use_cache": True}
-        with torch.no_grad(), model.trace(**inputs) as tracer:
+        with RowsAlone(model, taps), torch.no_grad(), model.trace(**inputs) as tracer:
             found = nnsight.save({})
             forward(model, run, metric, found)
             if program["last"] is not None:
@@ -94,7 +95,7 @@ def execute_gradients(
         wanted = edge_tapes(taps) if by_edge else wanted_tapes(taps, program)
         run.tape = Tape(wanted)
         run.active |= wanted
-        with torch.enable_grad(), model.trace(**program["inputs"]):
+        with RowsAlone(model, taps), torch.enable_grad(), model.trace(**program["inputs"]):
             found = nnsight.save({})
             forward(model, run, metric, found)
             if by_edge:
@@ -114,11 +115,13 @@ def scores(model: Any, taps: dict[str, Any], programs: list[dict[str, Any]], met
     return torch.cat([found["metric"].cpu() for found in execute(model, taps, programs, metric)])
 
 
-def mean_contributions(model: Any, taps: dict[str, Any], program: dict[str, Any]) -> Tensor:
-    """What each sender writes in the one row of a program: `[sender, position, d_model]`."""
+def contributions(model: Any, taps: dict[str, Any], program: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What each sender writes in the one row of a program, `[sender, position, d_model]`, and what the output bias of
+    each layer's attention adds, `[layer, position or 1, d_model]`."""
     run = Run(taps, program)
-    with torch.no_grad(), model.trace(**program["inputs"]):
+    with RowsAlone(model, taps), torch.no_grad(), model.trace(**program["inputs"]):
         walk(model, run)
         assert run.edges is not None
         written = nnsight.save(torch.cat([part[0].cpu() for part in run.edges.parts]))
-    return written
+        biases = nnsight.save(torch.cat([bias[:1].cpu() for bias in run.edges.biases]))
+    return written, biases

@@ -82,6 +82,9 @@ class Family:
     pattern: str = "interface"
     core_first: int = 1  # index of q among the positional arguments of the core call
     alibi: bool = False
+    #: attribute of the configuration that multiplies what attention and MLP add to the stream; "1/…" divides
+    branch: str = ""
+    logit_scale: str = ""  # the same for the output of the head
     #: the block returns a tuple whose first item is the residual stream
     tuple_output: bool = False
     moe: bool = False
@@ -99,6 +102,13 @@ class Family:
             if getattr(config, attribute, None) == value:
                 row = replace(row, **changes)
         return row
+
+    @staticmethod
+    def number(config: Any, name: str) -> float:
+        """The factor that a configuration gives under a name such as "logit_scale" or "1/logits_scaling"; 1 for none."""
+        value = getattr(config, name.removeprefix("1/"), None) if name else None
+        number = 1.0 if value is None else float(value)
+        return 1 / number if name.startswith("1/") else number
 
 
 _LLAMA_QKV = _separate("self_attn")
@@ -398,6 +408,7 @@ FAMILIES: tuple[Family, ...] = (
         _LLAMA,
         name="cohere",
         model_types=("cohere", "cohere2"),
+        logit_scale="logit_scale",
         block=_PARALLEL_LLAMA,
         norm2="input_layernorm",
         **_PARALLEL,
@@ -405,6 +416,13 @@ FAMILIES: tuple[Family, ...] = (
     replace(_LLAMA, name="mixtral", model_types=("mixtral",), **_MOE),
     replace(_LLAMA, name="qwen3_moe", model_types=("qwen3_moe", "olmoe"), **_MOE),
     replace(_LLAMA, name="gpt_oss", model_types=("gpt_oss",), sinks=True, **_MOE),
+    replace(
+        _LLAMA,
+        name="granite",
+        model_types=("granite", "granite_swa"),
+        branch="residual_multiplier",
+        logit_scale="1/logits_scaling",
+    ),
     replace(
         _LLAMA,
         name="starcoder2",

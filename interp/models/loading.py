@@ -16,7 +16,7 @@ from .families import FAMILIES, Family, find_family
 from .infer import infer_family
 from .model import Model
 from .packages import BUNDLED
-from .views import at, matrix
+from .views import at, rotates_by_length, sizes
 
 #: How transformers says that a folder's architecture is not one that it can load as a language model.
 UNKNOWN_ARCHITECTURE = ("not recognize this architecture", "Unrecognized configuration class", "Unrecognized model")
@@ -160,7 +160,8 @@ def make_taps(hf: Any, family: Family) -> dict[str, Any]:
         n_layers = len(at(hf, family.layers))
         for path in filter(None, (family.embed, family.norm, family.head)):
             at(hf, path)
-        d_vocab = int(at(hf, family.embed).weight.shape[0])
+        embed = at(hf, family.embed)
+        d_vocab = int(embed.num_embeddings if hasattr(embed, "num_embeddings") else embed.weight.shape[0])
         for path in filter(None, (*family.qkv, family.o, family.mlp, family.down, family.norm1, family.norm2)):
             at(block, path)
     except (AttributeError, IndexError) as error:
@@ -169,13 +170,13 @@ def make_taps(hf: Any, family: Family) -> dict[str, Any]:
             "correct the row in interp/models/families.py"
         ) from error
     n_heads = int(config.num_attention_heads)
-    d_model, width = matrix(at(block, family.o)).shape
+    d_model, width = sizes(at(block, family.o))
     if family.qkv_layout == "separate":
-        n_kv = matrix(at(block, family.qkv[1])).shape[0] * n_heads // width
+        n_kv = sizes(at(block, family.qkv[1]))[0] * n_heads // width
     elif family.qkv_layout == "interleaved":
         n_kv = n_heads
     else:
-        total = matrix(at(block, family.qkv[0])).shape[0]
+        total, _ = sizes(at(block, family.qkv[0]))
         n_kv = (total - width) * n_heads // (2 * width)
     taps: dict[str, Any] = {item.name: getattr(family, item.name) for item in fields(family)}
     for unneeded in ("model_types", "variants", "note", "missing"):
@@ -186,9 +187,12 @@ def make_taps(hf: Any, family: Family) -> dict[str, Any]:
         n_kv_heads=int(n_kv),
         d_model=int(d_model),
         d_head=int(width) // n_heads,
-        d_mlp=int(matrix(at(block, family.down)).shape[1]) if family.down else None,
+        d_mlp=sizes(at(block, family.down))[1] if family.down else None,
         d_vocab=d_vocab,
         attention=getattr(config, "_attn_implementation", None),
+        rotary=tuple(name for name, module in hf.named_modules() if rotates_by_length(module)),
+        branch=family.number(config, family.branch),
+        logit_scale=family.number(config, family.logit_scale),
     )
     return taps
 

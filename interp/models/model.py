@@ -11,11 +11,16 @@ import torch
 
 from ..errors import AuditError, SiteError, SiteUnavailableError
 from ..pairs import EncodedPairs, PromptPairs
-from ..sites import KINDS, KV_KINDS, Site
+from ..sites import KINDS, KV_KINDS, MADE_FROM, Site
 from .families import Family
 
 if TYPE_CHECKING:
     from ..audit import AuditReport
+
+
+#: What every method rests on that follows or cuts edges, see `interp.audit.laws`.
+EDGE_LAWS = ("senders", "receivers")
+GRADIENT_LAWS = ("backward", "edge gradients")
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,10 @@ class Model:
             SiteUnavailableError: the architecture has no such site, with the reason.
             AuditError: the audit refused this kind of site on this model.
         """
-        if site.kind in self.refused:
-            raise AuditError(f"{site.kind} is refused on {self.name}: {self.refused[site.kind]}")
+        for kind in (site.kind, *MADE_FROM.get(site.kind, ())):
+            if kind in self.refused:
+                made = "" if kind == site.kind else f", which {site.kind} is made from,"
+                raise AuditError(f"{kind}{made} is refused on {self.name}: {self.refused[kind]}")
         if site.kind in self.family.missing:
             raise SiteUnavailableError(
                 f"{self.family.name} models have no {site.kind}: {self.family.missing[site.kind]}; they have "
@@ -166,6 +173,17 @@ class Model:
                 f"site {site}: unit {site.unit}, but {self.name} has units 0 to {self.units_of(site.kind) - 1}"
             )
         return site.at(layer=layer)
+
+    def rests_on(self, method: str, *names: str) -> None:
+        """Refuse a method that rests on kinds of sites or laws of edges which the audit refused on this model.
+
+        Raises:
+            AuditError: one of them is refused, with the audit's reason.
+        """
+        for name in names:
+            if name in self.refused:
+                what = f"the law of {name}" if name not in KINDS else name
+                raise AuditError(f"{method} rests on {what}, which is refused on {self.name}: {self.refused[name]}")
 
     def audit(self, **options: Any) -> AuditReport:
         """Prove every tap of this model, read and write; a site that fails is refused from then on. See `interp.audit`."""

@@ -1,6 +1,6 @@
 """Views: which features of a module's tensor belong to which head, and linear pieces of attention.
 
-Standard library and torch only; these functions also travel to a remote server. `taps` is the plain dictionary that
+Standard library, torch and `errors` only; these functions also travel to a remote server. `taps` is the plain dictionary that
 `Model` makes from a row of the table of families.
 """
 
@@ -10,6 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..errors import AuditError
+
+#: Classes whose forward is x·weight + bias.
+PROJECTIONS = (("torch.nn.modules.linear", "Linear"), ("transformers.pytorch_utils", "Conv1D"))
 
 
 def at(envoy: Any, path: str) -> Any:
@@ -47,22 +52,84 @@ def features(taps: dict[str, Any], kind: str) -> Tensor:
     return first[:, None] + torch.arange(d)[None, :]
 
 
-def matrix(module: Any) -> Tensor:
-    """The weight of a Linear or Conv1D as `[out, in]`; a view, never a copy."""
-    weight: Tensor = module.weight
-    return weight.T if type(getattr(module, "_module", module)).__name__ == "Conv1D" else weight
+def rotates_by_length(module: Any) -> bool:
+    """Whether a module is a rotary embedding whose frequencies depend on the longest row, see `interp.engine.rotary`."""
+    kinds = vars(module).get("rope_type", "")
+    return any(
+        "dynamic" in str(kind) or kind == "longrope"
+        for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])
+    )
 
 
-def output_matrix(module: Any, index: Tensor) -> Tensor:
-    """W_O by head from an output projection: `[head, d_head, d_model]`, for the features `index [head, d_head]`."""
-    return matrix(module)[:, index].permute(1, 2, 0)
+def sizes(module: Any) -> tuple[int, int]:
+    """(out, in) of a projection, by what it says of itself: packed weights of quantised layers have another shape."""
+    inner = getattr(module, "_module", module)
+    if hasattr(inner, "out_features"):
+        return int(inner.out_features), int(inner.in_features)
+    if hasattr(inner, "nf"):  # transformers' Conv1D
+        return int(inner.nf), int(inner.nx)
+    out, into = inner.weight.shape
+    return int(out), int(into)
+
+
+def as_it_says(module: Any) -> bool:
+    """Whether a module computes x·weight + bias by its class alone: a Linear or Conv1D that nobody changed.
+
+    An adapter, a quantised or parametrised layer is of another class; hooks and a replaced forward show on the module.
+    """
+    inner = getattr(module, "_module", module)
+    kind = type(inner)
+    if (kind.__module__, kind.__name__) not in PROJECTIONS or inner._forward_hooks or inner._forward_pre_hooks:
+        return False
+    own = inner.__dict__.get("forward")
+    if type(getattr(inner, "_hf_hook", None)).__name__ == "AlignDevicesHook":  # accelerate moves inputs between devices
+        own = inner.__dict__.get("_old_forward")
+    own = getattr(getattr(own, "state", None), "body", own)  # nnsight's handle on a module's forward
+    return own is None or getattr(own, "__func__", own) is kind.forward
+
+
+def affine(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The affine map of a projection at its input x `[…, in]`: weight `[out, in]` and bias `[out]`, or None for none.
+
+    `.weight` is read only where that is what the module computes. Any other module is asked, by its outputs for the unit
+    vectors, and the map is held against what the module makes of x.
+
+    Raises:
+        AuditError: a module that is no affine map at x: a clipped projection, or one that quantises its input.
+    """
+    inner = getattr(module, "_module", module)
+    if as_it_says(module):
+        weight = inner.weight.T if type(inner).__name__ == "Conv1D" else inner.weight
+        return weight, inner.bias
+    with torch.no_grad():
+        units = torch.eye(sizes(module)[1], dtype=x.dtype, device=x.device)
+        flat = x.detach().reshape(1, -1, x.shape[-1])
+        bias = module(torch.zeros_like(units[None, :1]))[0, 0]
+        weight = (module(units[None])[0] - bias).T
+        got, want = module(flat), flat @ weight.T + bias
+        size = flat.abs() @ weight.abs().T + bias.abs()
+        rounding = 64 * torch.finfo(x.dtype).eps * size + torch.finfo(x.dtype).tiny
+        off = ((got - want).abs() / rounding).max() if flat.numel() else torch.zeros(())
+    if not float(off) <= 1:
+        out, into = sizes(module)
+        raise AuditError(
+            f"the projection {type(inner).__name__} [{out}, {into}] is no affine map at its input here (off by {float(off):.3g} "
+            "times its rounding: it clips, or quantises what it reads), so that nothing can be split by head or read"
+        )
+    return weight, bias
+
+
+def output_matrix(module: Any, index: Tensor, z: Tensor) -> Tensor:
+    """W_O by head from an output projection: `[head, d_head, d_model]`, for the features `index [head, d_head]` of its
+    input z `[…, feature]`."""
+    return affine(module, z)[0][:, index.to(z.device)].permute(1, 2, 0)
 
 
 def project_heads(module: Any, x: Tensor, index: Tensor) -> Tensor:
     """Each head's slice of a projection of its own input: x `[row, head, position, d_model]` -> `[…, d_head]`."""
-    weight = matrix(module)[index]  # [head, d_head, d_model]
-    out = torch.einsum("rhpm,hdm->rhpd", x, weight)
-    return out if module.bias is None else out + module.bias[index][None, :, None]
+    weight, bias = affine(module, x)
+    out = torch.einsum("rhpm,hdm->rhpd", x, weight[index])
+    return out if bias is None else out + bias[index][None, :, None]
 
 
 def norm_parts(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -270,7 +270,8 @@ def test_a_wrong_number_of_heads_is_caught_where_no_pattern_shows_it() -> None:
     assert {"q", "k"} <= set(model.audit().failed)
 
 
-def test_loading_warns_of_what_it_refuses() -> None:
+def test_loading_warns_of_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "find_family", lambda model_type: None)  # as if Granite had no row
     hf, tokenizer = tiny("granite")
     with pytest.warns(UserWarning, match=r"these sites are not what the row 'llama \(inferred for granite\)' says"):
         model = interp.load_model(hf, tokenizer=tokenizer)
@@ -321,7 +322,11 @@ def test_attention_that_looks_at_one_token_only_is_a_note() -> None:
 # --- the command -------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_a_table_and_says_by_its_status(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table_and_says_by_its_status(
+    tmp_path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = loader.find_family
+    monkeypatch.setattr(loader, "find_family", lambda name: None if name == "granite" else find(name))
     for family, status in (("qwen3", 0), ("granite", 1)):
         hf, tokenizer = tiny(family)
         folder = tmp_path / family
