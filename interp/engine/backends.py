@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,8 +43,11 @@ class Local:
         return function(model.nn, *args)
 
 
-def make_backend(name: Any, source: Any) -> Backend:
+def make_backend(name: Any, source: Any, options: Mapping[str, Any] | None = None) -> Backend:
     """The backend that `load_model(backend=…)` names: a name, the address of a server, or a backend as it is.
+
+    Args:
+        options: those of `load_model` for `from_pretrained`; a process that reads the checkpoint itself needs them too.
 
     Raises:
         BackendError: no such backend, or one that cannot hold this model.
@@ -56,8 +59,9 @@ def make_backend(name: Any, source: Any) -> Backend:
 
         here = Path(source).expanduser() if isinstance(source, str | os.PathLike) else None
         return Simulated(
-            here.resolve() if here is not None and here.is_dir() else source
-        )  # the worker has a folder of its own
+            here.resolve() if here is not None and here.is_dir() else source,  # the worker has a folder of its own
+            options=options,
+        )
     if name == "ndif" or str(name).startswith(("http://", "https://")):
         from .ndif import Ndif
 
