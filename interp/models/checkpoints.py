@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -154,7 +156,9 @@ def _read_weights(source: Any, options: dict[str, Any], allow_missing: bool) -> 
     options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
-    except SafetensorError as error:
+    except (SafetensorError, pickle.UnpicklingError, struct.error, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
         raise ModelNotFoundError(f"the weights of {source} cannot be read: {_first_line(error)}") from error
     hf, info = loaded
     absent = sorted(info["missing_keys"])

@@ -265,6 +265,14 @@ def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"the weights of .* cannot be read: .*header"):
         interp.load_model(tmp_path)
     (tmp_path / "model.safetensors").unlink()
+    old = tmp_path / "pytorch_model.bin"
+    torch.save(hf.state_dict(), old)
+    assert same(interp.load_model(tmp_path), hf)
+    for damaged in (b"not weights", old.read_bytes()[:2000]):
+        old.write_bytes(damaged)
+        with pytest.raises(ModelNotFoundError, match=r"the weights of .* cannot be read: "):
+            interp.load_model(tmp_path)
+    old.unlink()
     hf.save_pretrained(tmp_path, max_shard_size="20KB")
     next(tmp_path.glob("model-00002*")).unlink()
     with pytest.raises(ModelNotFoundError, match=r"the model folder .* cannot be read: .*model-00002"):
