@@ -22,6 +22,7 @@ from ..engine.trace import execute_gradients
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
 from ..models.model import Model
+from ..models.steady import steady
 from ..pairs import PromptPairs
 from .acdc import acdc
 from .circuit import Circuit
@@ -247,7 +248,7 @@ def expected_seconds(model: Model, pairs: PromptPairs, cells: Sequence[Cell]) ->
     probe = torch.tensor([list(encoded.clean[0])] * 8, device=model.device)
     if probe.is_meta or model.device.type == "meta":
         return 0.0
-    with torch.no_grad():
+    with torch.no_grad(), steady(model.hf):
         model.hf(input_ids=probe[:, :2])
         if probe.is_cuda:
             torch.cuda.synchronize(probe.device)

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import BackendError
 from ..metrics import Metric
+from ..models.steady import steady
 from .trace import execute
 
 Done = Callable[[int, torch.Tensor], None]
@@ -36,11 +37,13 @@ class Local:
 
     def run(self, model: Any, programs: list[dict[str, Any]], metric: Metric, done: Done) -> None:
         """Every program in order; `done(index, metric [scored])` after each."""
-        execute(model.nn, model.taps, programs, metric, lambda index, found: done(index, found["metric"]))
+        with steady(model.hf):
+            execute(model.nn, model.taps, programs, metric, lambda index, found: done(index, found["metric"]))
 
     def call(self, model: Any, function: Callable[..., Any], *args: Any) -> Any:
         """`function(model.nn, *args)`."""
-        return function(model.nn, *args)
+        with steady(model.hf):
+            return function(model.nn, *args)
 
 
 def make_backend(name: Any, source: Any, options: Mapping[str, Any] | None = None) -> Backend:

@@ -17,6 +17,7 @@ from .families import FAMILIES, Family, find_family
 from .infer import infer_family
 from .model import Model
 from .packages import BUNDLED
+from .steady import steady
 from .views import at, matrix
 
 #: Options that may hold a password: no error repeats them.
@@ -116,7 +117,8 @@ def load_model(
     if check and isinstance(backend, Local):
         from ..audit import check_reads
 
-        check_reads(loaded)
+        with steady(hf):
+            check_reads(loaded)
     return loaded
 
 

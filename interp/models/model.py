@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from ..errors import AuditError, SiteError, SiteUnavailableError
 from ..pairs import EncodedPairs, PromptPairs
 from ..sites import KINDS, KV_KINDS, Site
 from .families import Family
+from .steady import steady
 
 if TYPE_CHECKING:
     from ..audit import AuditReport
@@ -83,6 +85,18 @@ class Model:
     def device(self) -> torch.device:
         """Where the embedding lies; other layers may lie elsewhere under `device_map`."""
         return next(self.hf.parameters()).device
+
+    @property
+    def accepts(self) -> frozenset[str]:
+        """What programs tell the forward beside token ids and masks: positions, and to leave out a router's logits.
+
+        The latter where the config asks for them: their loss counts the rows that came in, not those that joined.
+        """
+        names = {"position_ids"}
+        configs = (self.hf.config, self.hf.config.get_text_config())
+        if any(getattr(config, "output_router_logits", False) for config in configs):
+            names.add("output_router_logits")
+        return frozenset(names & set(inspect.signature(type(self.hf).forward).parameters))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -171,7 +185,8 @@ class Model:
         """Prove every tap of this model, read and write; a site that fails is refused from then on. See `interp.audit`."""
         from ..audit import audit
 
-        return audit(self, **options)
+        with steady(self.hf):
+            return audit(self, **options)
 
     def __repr__(self) -> str:
         grouped = f" over {self.n_kv_heads} kv heads" if self.n_kv_heads != self.n_heads else ""
