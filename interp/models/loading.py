@@ -98,7 +98,7 @@ def load_model(
             f"prefix={prefix!r} needs a tokenizer, and this model has none: load_model(..., tokenizer=)"
         )
     hf.eval()
-    family = _row(name, hf).for_config(hf.config)
+    family = _row(name, hf)
     if nn is None:
         known = tokenizer or ids_only(int(hf.config.get_text_config().vocab_size))
         nn = nnsight.TransformersModel(hf, tokenizer=known, task="text-generation")
@@ -155,6 +155,9 @@ def _row(name: str, hf: Any) -> Family:
             f"modules resemble none that has. Known: {known}. Add a row (paths of its taps, in forward order), then "
             "run `python -m interp.audit` on the model: it tells which taps are right."
         )
+    row = row.for_config(hf.config.get_text_config())
+    if row.unsupported:
+        raise ArchitectureError(f"{name} is a variant of {row.name} that cannot be used: {row.unsupported}")
     return row
 
 
@@ -165,11 +168,6 @@ def make_taps(hf: Any, family: Family) -> dict[str, Any]:
         ArchitectureError: a path of the row that this model does not have, or an unsupported variant.
     """
     config = hf.config.get_text_config()
-    if getattr(config, "do_layer_norm_before", True) is False:
-        raise ArchitectureError(
-            f"{config.model_type} with do_layer_norm_before=False normalises the stream itself after each block, "
-            "so it has no residual stream to patch; use a pre-norm checkpoint"
-        )
     try:
         block = at(hf, family.layers)[0]
         n_layers = len(at(hf, family.layers))
@@ -193,7 +191,7 @@ def make_taps(hf: Any, family: Family) -> dict[str, Any]:
         total = matrix(at(block, family.qkv[0])).shape[0]
         n_kv = (total - width) * n_heads // (2 * width)
     taps: dict[str, Any] = {item.name: getattr(family, item.name) for item in fields(family)}
-    for unneeded in ("model_types", "variants", "note", "missing"):
+    for unneeded in ("model_types", "variants", "note", "missing", "unsupported"):
         del taps[unneeded]
     taps.update(
         n_layers=n_layers,
