@@ -18,6 +18,7 @@ from .infer import infer_family
 from .model import Model
 from .packages import BUNDLED
 from .steady import steady
+from .supported import both_ways, refuse_unsupported, without_fused
 from .views import at, matrix
 
 #: Options that may hold a password: no error repeats them.
@@ -98,6 +99,7 @@ def load_model(
             f"prefix={prefix!r} needs a tokenizer, and this model has none: load_model(..., tokenizer=)"
         )
     hf.eval()
+    refuse_unsupported(name, hf, backend.weights_here)
     family = _row(name, hf)
     if nn is None:
         known = tokenizer or ids_only(int(hf.config.get_text_config().vocab_size))
@@ -148,6 +150,8 @@ def _in_memory(module: Any, asked: dict[str, Any]) -> str:
 def _row(name: str, hf: Any) -> Family:
     """The row of the table for this architecture, or one inferred from the names of its modules."""
     row = find_family(hf.config.model_type) or infer_family(hf)
+    if row is None and _masked(hf):
+        raise ArchitectureError(both_ways(name, type(hf).__name__))
     if row is None:
         known = ", ".join(sorted(kind for family in FAMILIES for kind in family.model_types))
         raise ArchitectureError(
@@ -158,7 +162,14 @@ def _row(name: str, hf: Any) -> Family:
     row = row.for_config(hf.config.get_text_config())
     if row.unsupported:
         raise ArchitectureError(f"{name} is a variant of {row.name} that cannot be used: {row.unsupported}")
-    return row
+    return without_fused(row, getattr(hf.config.get_text_config(), "_attn_implementation", None))
+
+
+def _masked(hf: Any) -> bool:
+    """Whether this is a model that fills masks, used as such: an encoder, though transformers may call it a decoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return hf.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(hf.config, "is_decoder", False)
 
 
 def make_taps(hf: Any, family: Family) -> dict[str, Any]:

@@ -155,11 +155,6 @@ class Model:
                 f"{self.family.name} models have no {site.kind}: {self.family.missing[site.kind]}; they have "
                 + ", ".join(kind for kind in KINDS if kind not in self.family.missing)
             )
-        if site.kind == "pattern" and self.family.name == "falcon" and self.taps["attention"] != "eager":
-            raise SiteUnavailableError(
-                f"{self.name} computes attention in one fused call that has no pattern; load it with "
-                "attn_implementation='eager'"
-            )
         layer = site.layer
         if site.kind not in ("embed", "logits"):
             if layer is None:
