@@ -21,7 +21,7 @@ class ArchitectureError(InterpError, ValueError):
 
 
 class ModelNotFoundError(InterpError, FileNotFoundError):
-    """No model under that name: not a folder, not a bundled name, not reachable on a hub."""
+    """No model under that name (no folder, no bundled name, not reachable on a hub), or only a part of one."""
 
 
 class AuditError(InterpError, RuntimeError):

@@ -187,8 +187,8 @@ def direct_effects(model: Model, pairs: PromptPairs, by: str = "component") -> E
         one without a head at head 0; all other cells are NaN. provenance["remainder"] is the largest difference.
 
     Raises:
-        AuditError: parts that do not add up on this model. PlanError: an unknown `by`. MetricError: the pairs have no answers. SiteError: a part that this model does not
-            show.
+        AuditError: parts that do not add up on this model. PlanError: an unknown `by`. MetricError: the pairs have no
+            answers. SiteError: a part that this model does not show.
     """
     if by not in ("component", "head", "position"):
         raise PlanError(f"by={by!r}; it is one of 'component', 'head', 'position'")

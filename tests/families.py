@@ -17,12 +17,22 @@ from .oracle.hooks import KINDS, Oracle
 #: Families of the oracle that the library must refuse, or parts of which its audit must refuse.
 UNSUPPORTED = ("glm4", "apertus", "persimmon")
 SUPPORTED = tuple(family for family in FAMILIES if family not in UNSUPPORTED)
-PARALLEL = ("gptj", "gpt_neox", "phi", "falcon", "falcon_new", "stablelm_parallel", "cohere", "cohere2")
-EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
-#: Families whose attention exposes no point behind the rotary embedding.
-NO_ROTATED = ("bloom", "falcon", "falcon_new", "falcon_alibi")
+PARALLEL = (
+    "gptj",
+    "gpt_neox",
+    "phi",
+    "falcon",
+    "falcon_new",
+    "falcon_one_norm",
+    "stablelm_parallel",
+    "cohere",
+    "cohere2",
+)
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 #: Falcon's pattern can be reached under eager attention only.
-EAGER = ("falcon", "falcon_new", "falcon_alibi")
+EAGER = ("falcon", "falcon_new", "falcon_one_norm", "falcon_sequential", "falcon_alibi")
+#: Families whose attention exposes no point behind the rotary embedding.
+NO_ROTATED = ("bloom", *EAGER)
 HEAD_KINDS = ("q", "k", "v", "q_rot", "k_rot", "z", "head_out", "pattern")
 UNIT_KINDS = ("mlp_pre", "neuron")
 

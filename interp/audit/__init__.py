@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..engine.ambient import undisturbed
 from ..errors import AuditError, InterpError
 from ..models.model import Model
+from ..models.steady import steady
 from ..sites import KINDS
 from .laws import LAWS, check_laws
 from .parts import Finding
@@ -88,7 +88,7 @@ def _local(model: Model) -> None:
 def _row_on_trial(model: Model) -> Iterator[None]:
     """A row so wrong that no forward pass can follow it fails in many ways; they all mean one thing."""
     try:
-        with undisturbed(model.hf):
+        with steady(model.hf):
             yield
     except InterpError:
         raise

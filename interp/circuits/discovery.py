@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from ..attribution import FLAT, midpoints, step_rows
 from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edge, Edit
-from ..engine.ambient import undisturbed
 from ..engine.compile import compile_chunk, gradient_program
 from ..engine.run import check_metric, context_of, run_plan
 from ..engine.schedule import gradient_budget, pack_pairs
@@ -23,6 +22,7 @@ from ..engine.trace import execute_gradients
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
 from ..models.model import EDGE_LAWS, GRADIENT_LAWS, Model
+from ..models.steady import steady
 from ..pairs import PromptPairs
 from .acdc import acdc
 from .circuit import Circuit
@@ -256,7 +256,7 @@ def expected_seconds(model: Model, pairs: PromptPairs, cells: Sequence[Cell]) ->
     probe = torch.tensor([list(encoded.clean[0])] * 8, device=model.device)
     if probe.is_meta or model.device.type == "meta":
         return 0.0
-    with undisturbed(model.hf), torch.no_grad():
+    with torch.no_grad(), steady(model.hf):
         model.hf(input_ids=probe[:, :2])
         if probe.is_cuda:
             torch.cuda.synchronize(probe.device)

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import BackendError
 from ..metrics import Metric
-from .ambient import ordinary, undisturbed
+from ..models.steady import ordinary, steady
 from .trace import execute
 
 Done = Callable[[int, torch.Tensor], None]
@@ -38,12 +38,12 @@ class Local:
     def run(self, model: Any, programs: list[dict[str, Any]], metric: Metric, done: Done) -> None:
         """Every program in order; `done(index, metric [scored])` after each."""
         report = lambda index, found: done(index, found["metric"])  # noqa: E731
-        with undisturbed(model.hf):
+        with steady(model.hf):
             execute(model.nn, model.taps, ordinary(programs), metric, report)
 
     def call(self, model: Any, function: Callable[..., Any], *args: Any) -> Any:
         """`function(model.nn, *args)`."""
-        with undisturbed(model.hf):
+        with steady(model.hf):
             return function(model.nn, *ordinary(args))
 
 

@@ -129,10 +129,15 @@ def gradient_program(program: dict[str, Any], pairs: int, sites: Sequence[tuple[
 
 def inputs_of(
     prompts: Sequence[Sequence[int]], width: int, start_column: int, accepts: frozenset[str]
-) -> dict[str, torch.Tensor]:
-    """Token ids `[row, position]` from a start column on, left-padded; a mask and positions only where there is padding."""
+) -> dict[str, Any]:
+    """Token ids `[row, position]` from a start column on, left-padded; a mask and positions only where there is padding.
+
+    `accepts`: what the forward may and must be told besides, see `Model.accepts`.
+    """
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    inputs = {"input_ids": ids[:, start_column:]}
+    inputs: dict[str, Any] = {"input_ids": ids[:, start_column:]}
+    if "output_router_logits" in accepts:
+        inputs["output_router_logits"] = False
     if any(len(prompt) < width for prompt in prompts):
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         inputs["attention_mask"] = mask

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from ..edits import FIELDS, OPS
 from ..models.model import Model
+from ..models.steady import steady
 from ..pairs import EncodedPairs, PromptPairs
 from ..sites import TABLE_KINDS
-from .ambient import undisturbed
 from .compile import inputs_of
 from .trace import execute
 
@@ -36,10 +35,9 @@ def read_program(
 ) -> dict[str, Any]:
     """A program over prompts of token ids whose activations are returned; logits are those of each row's last token."""
     width = max(len(prompt) for prompt in prompts)
-    accepts = frozenset(inspect.signature(type(model.hf).forward).parameters)
     rows = len(prompts) + len(origin)
     return {
-        "inputs": inputs_of(prompts, width, 0, accepts),
+        "inputs": inputs_of(prompts, width, 0, model.accepts),
         "origin": torch.tensor(list(origin), dtype=torch.long),
         "stage": torch.tensor(list(stage), dtype=torch.long),
         "edits": torch.tensor(list(edits), dtype=torch.int32).reshape(-1, len(FIELDS)),
@@ -63,7 +61,7 @@ def read(model: Model, prompts: Sequence[Sequence[int]], reads: Iterable[tuple[i
     Activations are `[row, position, feature]`; q, k, v, z, q_rot, k_rot and head_out `[row, position, head, feature]`;
     pattern `[row, head, query, key]`. Rows are left-padded to the longest prompt.
     """
-    with undisturbed(model.hf):
+    with steady(model.hf):
         return execute(model.nn, model.taps, [read_program(model, prompts, reads, **more)], None)[0]
 
 

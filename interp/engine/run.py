@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -106,11 +105,10 @@ def context_of(model: Model, encoded: EncodedPairs, direction: str, resolved: Re
 
     base = encoded.clean if direction == "noising" or encoded.corrupted is None else encoded.corrupted
     values, indices = constants(resolved, model.taps, max(map(len, base)))
-    accepts = frozenset(inspect.signature(type(model.hf).forward).parameters)
     cache = DynamicCache if schedule == "prefix" else None
     cuts = {number: cell.cut for number, cell in enumerate(resolved.cells) if cell.cut is not None}
     cuts |= {~number: cell.trunk for number, cell in enumerate(resolved.cells) if cell.trunk is not None}
-    return Context(encoded, direction, model.taps, accepts, cache, values, indices, cuts=cuts)
+    return Context(encoded, direction, model.taps, model.accepts, cache, values, indices, cuts=cuts)
 
 
 def run_plan(

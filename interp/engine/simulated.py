@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -167,11 +167,13 @@ class Simulated(Shipped):
     Args:
         source: the folder or hub id that the worker loads, or a HuggingFace module, which is saved for it.
         timeout: seconds that one request may take.
+        options: how the checkpoint was read here (`subfolder`, `cache_dir`, `token`, changes to the config, …).
     """
 
-    def __init__(self, source: Any, timeout: float = 3600.0) -> None:
+    def __init__(self, source: Any, timeout: float = 3600.0, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(timeout)
         self.source = source
+        self.options = dict(options or {})
 
     def transport(self, model: Any) -> Transport:
         worker = current_worker()
@@ -196,7 +198,7 @@ class Simulated(Shipped):
             return worker.models[key]
         while len(worker.models) >= MODELS:
             worker.ask("drop", worker.models.pop(next(iter(worker.models))), self.timeout)
-        options: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": attention}
+        options: dict[str, Any] = {**self.options, "dtype": model.dtype, "attn_implementation": attention}
         if (spread := getattr(hf, "hf_device_map", None)) is not None and len(spread) > 1:
             options["device_map"] = spread
         if (quantised := getattr(hf.config, "quantization_config", None)) is not None:

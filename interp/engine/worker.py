@@ -59,6 +59,8 @@ def load(spec: dict[str, Any]) -> Any:
     if spec["options"].get("device_map") is None:
         hf.to(spec["device"])
     hf.eval().requires_grad_(False)
+    for config in (hf.config, hf.config.get_text_config()):
+        config.return_dict = True
     # Requests hold token ids, but nnsight wants some tokenizer.
     ids = Tokenizer(models.WordLevel({"<0>": 0}, unk_token="<0>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=ids, unk_token="<0>", pad_token="<0>")

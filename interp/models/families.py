@@ -91,15 +91,17 @@ class Family:
     joint_qk_norm: bool = False  # q and k are normalised over all heads together
     sinks: bool = False  # attention sinks: rows of the pattern sum to less than 1
     missing: Mapping[str, str] = field(default_factory=dict)
-    #: (config attribute, value, changes): the first that matches the model's config is applied
-    variants: tuple[tuple[str, Any, Mapping[str, Any]], ...] = ()
+    #: why a model cannot be used at all; a variant says so
+    unsupported: str = ""
+    #: ({config attribute: value}, changes): all whose every attribute has that value are applied, one after the other
+    variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
     note: str = ""
 
     def for_config(self, config: Any) -> Family:
         """This row with the variants applied that the model's configuration asks for."""
         row = self
-        for attribute, value, changes in self.variants:
-            if getattr(config, attribute, None) == value:
+        for wanted, changes in self.variants:
+            if all(getattr(config, attribute, None) == value for attribute, value in wanted.items()):
                 row = replace(row, **changes)
         return row
 
@@ -158,8 +160,7 @@ _NEOX = Family(
     down="mlp.dense_4h_to_h",
     variants=(
         (
-            "use_parallel_residual",
-            True,
+            {"use_parallel_residual": True},
             {
                 "parallel": True,
                 "missing": {"resid_mid": _NO_MID},
@@ -174,6 +175,13 @@ _BLOOM_CORE: tuple[Tap, ...] = (("self_attention.source.self_attention_dropout_0
 _BLOOM_QKV = _fused("self_attention.query_key_value")
 _FALCON_ROT = {"q_rot": _NO_ROT, "k_rot": _NO_ROT}
 _FALCON_SOFTMAX: tuple[Tap, ...] = (("self_attention.source.F_softmax_0", "output", ("pattern",)),)
+_FALCON_UNBUILT = "the forward of this variant asks for modules that transformers does not build for it: {}"
+
+
+def _falcon_block(core: tuple[Tap, ...], mid: str | None) -> tuple[Tap, ...]:
+    return _taps(_BLOOM_QKV, core, "self_attention.dense", mid, _mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"))
+
+
 _POST_NORM: dict[str, Any] = {
     "block": _taps(
         _LLAMA_QKV,
@@ -323,6 +331,15 @@ FAMILIES: tuple[Family, ...] = (
         mlp="",
         mlp_pre="fc1",
         down="fc2",
+        variants=(
+            (
+                {"do_layer_norm_before": False},
+                {
+                    "unsupported": "with do_layer_norm_before=False it normalises the stream itself after each block, so it "
+                    "has no residual stream to patch; use a pre-norm checkpoint"
+                },
+            ),
+        ),
     ),
     Family(
         "bloom",
@@ -350,13 +367,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "falcon",
         ("falcon",),
-        _taps(
-            _BLOOM_QKV,
-            _FALCON_SOFTMAX,
-            "self_attention.dense",
-            None,
-            _mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-        ),
+        _falcon_block(_FALCON_SOFTMAX, None),
         tuple_output=True,
         embed="transformer.word_embeddings",
         layers="transformer.h",
@@ -371,23 +382,36 @@ FAMILIES: tuple[Family, ...] = (
         parallel=True,
         missing={"resid_mid": _NO_MID, **_FALCON_ROT},
         variants=(
-            ("new_decoder_architecture", True, {"qkv_layout": "grouped", "norm1": "ln_attn", "norm2": "ln_mlp"}),
+            ({"multi_query": False}, {"qkv_layout": "interleaved"}),
+            ({"new_decoder_architecture": True}, {"qkv_layout": "grouped"}),
             (
-                "parallel_attn",
-                False,
+                {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2},
+                {"norm1": "ln_attn", "norm2": "ln_mlp"},
+            ),
+            ({"alibi": True}, {"block": _falcon_block(_BLOOM_CORE, None), "alibi": True}),
+            (
+                {"parallel_attn": False},
                 {
-                    "block": _taps(
-                        _BLOOM_QKV,
-                        _BLOOM_CORE,
-                        "self_attention.dense",
-                        "post_attention_layernorm",
-                        _mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-                    ),
+                    "block": _falcon_block(_FALCON_SOFTMAX, "post_attention_layernorm"),
                     "norm2": "post_attention_layernorm",
-                    "qkv_layout": "interleaved",
                     "parallel": False,
-                    "alibi": True,
                     "missing": _FALCON_ROT,
+                },
+            ),
+            (
+                {"parallel_attn": False, "alibi": True},
+                {"block": _falcon_block(_BLOOM_CORE, "post_attention_layernorm")},
+            ),
+            (
+                {"parallel_attn": False, "new_decoder_architecture": True},
+                {"unsupported": _FALCON_UNBUILT.format("new_decoder_architecture needs parallel_attn=True")},
+            ),
+            (
+                {"parallel_attn": True, "new_decoder_architecture": False, "num_ln_in_parallel_attn": 2},
+                {
+                    "unsupported": _FALCON_UNBUILT.format(
+                        "num_ln_in_parallel_attn=2 needs new_decoder_architecture=True"
+                    )
                 },
             ),
         ),
@@ -397,11 +421,7 @@ FAMILIES: tuple[Family, ...] = (
         name="stablelm",
         model_types=("stablelm",),
         variants=(
-            (
-                "use_parallel_residual",
-                True,
-                {"block": _PARALLEL_LLAMA, "norm2": "input_layernorm", **_PARALLEL},
-            ),
+            ({"use_parallel_residual": True}, {"block": _PARALLEL_LLAMA, "norm2": "input_layernorm", **_PARALLEL}),
         ),
     ),
     replace(
@@ -414,7 +434,8 @@ FAMILIES: tuple[Family, ...] = (
         **_PARALLEL,
     ),
     replace(_LLAMA, name="mixtral", model_types=("mixtral",), **_MOE),
-    replace(_LLAMA, name="qwen3_moe", model_types=("qwen3_moe", "olmoe"), **_MOE),
+    replace(_LLAMA, name="qwen3_moe", model_types=("qwen3_moe",), **_MOE),
+    replace(_LLAMA, name="olmoe", model_types=("olmoe",), joint_qk_norm=True, **_MOE),
     replace(_LLAMA, name="gpt_oss", model_types=("gpt_oss",), sinks=True, **_MOE),
     replace(
         _LLAMA,

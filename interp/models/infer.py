@@ -30,5 +30,14 @@ def infer_family(hf: Any) -> Family | None:
         known |= {path for path, side, _ in family.block if side == "output" and path in named}
         known |= {name for name in named if name.endswith(("up_proj", "q_norm", "k_norm"))}
         if named == known:
-            return replace(family, name=f"{family.name} (inferred for {hf.config.model_type})")
+            name = f"{family.name} (inferred for {hf.config.model_type})"
+            return replace(family, name=name, joint_qk_norm=_joint_qk_norm(blocks[0], hf.config))
     return None
+
+
+def _joint_qk_norm(block: Any, config: Any) -> bool:
+    """Whether queries are normalised over all heads together: their norm is then as wide as all heads."""
+    norm = next((module for name, module in block.named_modules() if name.endswith("q_norm")), None)
+    heads = config.num_attention_heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads > 1 and getattr(getattr(norm, "weight", None), "shape", None) == (heads * d_head,)

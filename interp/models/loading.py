@@ -10,16 +10,18 @@ from typing import Any
 import nnsight
 import torch
 
-from ..errors import ArchitectureError, ModelNotFoundError
+from ..errors import ArchitectureError
 from .bundled import ensure_bundled
+from .checkpoints import ids_only, read_checkpoint
 from .families import FAMILIES, Family, find_family
 from .infer import infer_family
 from .model import Model
 from .packages import BUNDLED
+from .supported import both_ways, refuse_unsupported, without_fused
 from .views import at, rotates_by_length, sizes
 
-#: How transformers says that a folder's architecture is not one that it can load as a language model.
-UNKNOWN_ARCHITECTURE = ("not recognize this architecture", "Unrecognized configuration class", "Unrecognized model")
+#: Options that may hold a password: no error repeats them.
+SECRETS = ("token", "proxies")
 
 
 def load_model(
@@ -34,6 +36,7 @@ def load_model(
     prefix: str | None = None,
     revision: str | None = None,
     check: bool = True,
+    allow_missing: bool = False,
     **options: Any,
 ) -> Model:
     """Load a causal language model as it is, for experiments.
@@ -49,15 +52,18 @@ def load_model(
         prefix: text put before every string prompt; a bundled model brings the one that it needs.
         revision: of a hub model.
         check: run one short forward that checks every read (where the weights are in this process).
-        options: passed to `from_pretrained` (`quantization_config`, `trust_remote_code`, …).
+        allow_missing: go on, with a warning, where the checkpoint lacks weights and random numbers stand in for them.
+        options: passed to `from_pretrained` (`quantization_config`, …). Those that say where and how to read (`token`,
+            `cache_dir`, `subfolder`, `local_files_only`, `trust_remote_code`, …) reach config, tokenizer and weights.
 
     Raises:
-        ModelNotFoundError: nothing under that name. ArchitectureError: no row for this architecture and none could be
-            inferred, or options that do not go together. AuditError: a traced run does not give the plain model's logits, or
-            none can follow the row. BackendError: no such backend, or one that cannot hold this model.
+        ModelNotFoundError: nothing under that name, or not the whole of a model. ArchitectureError: no row for this
+            architecture and none could be inferred, or options that do not go together. AuditError: a traced run does not
+            give the plain model's logits, or none can follow the row. BackendError: no such backend, or one that cannot
+            hold this model.
 
     Warns:
-        UserWarning: kinds of sites that failed the check; they are refused from then on.
+        UserWarning: kinds of sites that failed the check, which are refused from then on; no tokenizer; random weights.
     """
     from ..engine.backends import Local, make_backend
 
@@ -67,27 +73,34 @@ def load_model(
     if isinstance(model, torch.nn.Module):
         told = {"device": device, "dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         name = _in_memory(model, told | options)
-        if prefix and tokenizer is None:
-            raise ArchitectureError(
-                f"prefix={prefix!r} needs the module's tokenizer: load_model(module, tokenizer=...)"
-            )
     elif name in BUNDLED:
         entry = BUNDLED[name]
         prefix = entry.prefix if prefix is None else prefix
         note, source = entry.quantisation, ensure_bundled(name)
-    backend = make_backend(backend, source)
     nn: Any = None
-    if not isinstance(model, torch.nn.Module):
-        remote = not backend.weights_here
-        hf, tokenizer = _from_pretrained(
-            source, tokenizer, remote, device, dtype, device_map, attn_implementation, revision, options
+    commit = ""
+    if isinstance(model, torch.nn.Module):
+        backend = make_backend(backend, source)
+    else:
+        told = {"revision": revision, "attn_implementation": attn_implementation}
+        options |= {option: value for option, value in told.items() if value is not None}
+        for option in {"cache_dir", "offload_folder"} & set(options):  # a worker process has a folder of its own
+            options[option] = str(Path(options[option]).expanduser().absolute())
+        backend = make_backend(backend, source, options)
+        placed = {"device": device, "dtype": dtype, "device_map": device_map}
+        hf, tokenizer, commit = read_checkpoint(
+            source, tokenizer, not backend.weights_here, allow_missing=allow_missing, options=options, **placed
         )
-        if remote:
+        if not backend.weights_here:
             nn, hf = hf, hf._module
-    hf.eval()
-    family = _row(name, hf).for_config(hf.config)
+    if prefix and tokenizer is None:
+        raise ArchitectureError(
+            f"prefix={prefix!r} needs a tokenizer, and this model has none: load_model(..., tokenizer=)"
+        )
+    refuse_unsupported(name, hf, backend.weights_here)
+    family = _row(name, hf)
     if nn is None:
-        known = tokenizer or _ids_only(int(hf.config.get_text_config().vocab_size))
+        known = tokenizer or ids_only(int(hf.config.get_text_config().vocab_size))
         nn = nnsight.TransformersModel(hf, tokenizer=known, task="text-generation")
     loaded = Model(
         name=name,
@@ -98,7 +111,7 @@ def load_model(
         taps=make_taps(hf, family),
         backend=backend,
         prefix=prefix or "",
-        revision=revision or getattr(hf.config, "_commit_hash", None) or "",
+        revision=revision or commit,
         note=note,
     )
     if check and isinstance(backend, Local):
@@ -123,8 +136,9 @@ def _in_memory(module: Any, asked: dict[str, Any]) -> str:
     }
     for option, value in asked.items():
         if value is not None and str(value) not in own.get(option, ()):
+            shown = "…" if option in SECRETS else repr(value)
             raise ArchitectureError(
-                f"{option}={value!r} does not go with a module in memory, which is used as it is ({weight.dtype} on "
+                f"{option}={shown} does not go with a module in memory, which is used as it is ({weight.dtype} on "
                 f"{weight.device}): change the module before (.to(...), from_pretrained(...)), or give its folder or hub id"
             )
     return getattr(module.config, "name_or_path", "") or type(module).__name__
@@ -133,6 +147,8 @@ def _in_memory(module: Any, asked: dict[str, Any]) -> str:
 def _row(name: str, hf: Any) -> Family:
     """The row of the table for this architecture, or one inferred from the names of its modules."""
     row = find_family(hf.config.model_type) or infer_family(hf)
+    if row is None and _masked(hf):
+        raise ArchitectureError(both_ways(name, type(hf).__name__))
     if row is None:
         known = ", ".join(sorted(kind for family in FAMILIES for kind in family.model_types))
         raise ArchitectureError(
@@ -140,7 +156,17 @@ def _row(name: str, hf: Any) -> Family:
             f"modules resemble none that has. Known: {known}. Add a row (paths of its taps, in forward order), then "
             "run `python -m interp.audit` on the model: it tells which taps are right."
         )
-    return row
+    row = row.for_config(hf.config.get_text_config())
+    if row.unsupported:
+        raise ArchitectureError(f"{name} is a variant of {row.name} that cannot be used: {row.unsupported}")
+    return without_fused(row, getattr(hf.config.get_text_config(), "_attn_implementation", None))
+
+
+def _masked(hf: Any) -> bool:
+    """Whether this is a model that fills masks, used as such: an encoder, though transformers may call it a decoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return hf.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(hf.config, "is_decoder", False)
 
 
 def make_taps(hf: Any, family: Family) -> dict[str, Any]:
@@ -150,11 +176,6 @@ def make_taps(hf: Any, family: Family) -> dict[str, Any]:
         ArchitectureError: a path of the row that this model does not have, or an unsupported variant.
     """
     config = hf.config.get_text_config()
-    if getattr(config, "do_layer_norm_before", True) is False:
-        raise ArchitectureError(
-            f"{config.model_type} with do_layer_norm_before=False normalises the stream itself after each block, "
-            "so it has no residual stream to patch; use a pre-norm checkpoint"
-        )
     try:
         block = at(hf, family.layers)[0]
         n_layers = len(at(hf, family.layers))
@@ -179,7 +200,7 @@ def make_taps(hf: Any, family: Family) -> dict[str, Any]:
         total, _ = sizes(at(block, family.qkv[0]))
         n_kv = (total - width) * n_heads // (2 * width)
     taps: dict[str, Any] = {item.name: getattr(family, item.name) for item in fields(family)}
-    for unneeded in ("model_types", "variants", "note", "missing"):
+    for unneeded in ("model_types", "variants", "note", "missing", "unsupported"):
         del taps[unneeded]
     taps.update(
         n_layers=n_layers,
@@ -195,70 +216,3 @@ def make_taps(hf: Any, family: Family) -> dict[str, Any]:
         logit_scale=family.number(config, family.logit_scale),
     )
     return taps
-
-
-def _from_pretrained(
-    source: Any,
-    tokenizer: Any,
-    remote: bool,
-    device: Any,
-    dtype: Any,
-    device_map: Any,
-    attn_implementation: str | None,
-    revision: str | None,
-    options: dict[str, Any],
-) -> tuple[Any, Any]:
-    """The HuggingFace model, or when remote a weightless nnsight model that servers know, and the tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    if isinstance(source, os.PathLike) or os.sep in str(source)[:1] or str(source).startswith((".", "~")):
-        source = Path(source).expanduser()
-        if not (source / "config.json").is_file():
-            raise ModelNotFoundError(
-                f"{source} is not a model folder (no config.json); give a folder written by save_pretrained, a hub "
-                f"id, or a bundled name: {', '.join(BUNDLED)}"
-            )
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ArchitectureError(f"dtype={dtype!r} is no type of torch; use 'float32', 'bfloat16', 'auto', …")
-    common = {} if revision is None else {"revision": revision}
-    if attn_implementation is not None:
-        options = {**options, "attn_implementation": attn_implementation}
-    try:  # an unknown architecture is told before its tokenizer or weights are looked for
-        asked = {name: options[name] for name in ("trust_remote_code", "gguf_file") if name in options}
-        AutoConfig.from_pretrained(source, **common, **asked)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **common)
-        if remote:
-            if dtype is not None:
-                options = {**options, "dtype": dtype}
-            nn = nnsight.TransformersModel(
-                str(source), task="text-generation", tokenizer=tokenizer, **common, **options
-            )
-            return nn, tokenizer
-        if device is None and device_map is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if dtype is None:
-            dtype = torch.float32 if str(device) == "cpu" and "quantization_config" not in options else "auto"
-        hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **common, **options)
-        return hf if device_map is not None else hf.to(device), tokenizer
-    except ValueError as error:
-        if not any(text in str(error) for text in UNKNOWN_ARCHITECTURE):
-            raise
-        raise ArchitectureError(
-            f"{source} holds no causal language model that transformers knows: {str(error).splitlines()[0]}"
-        ) from error
-    except OSError as error:
-        raise ModelNotFoundError(
-            f"no model {str(source)!r}: not a local folder, not a bundled name ({', '.join(BUNDLED)}), and the hub "
-            f"could not give it ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _ids_only(vocab_size: int) -> Any:
-    """A stand-in tokenizer for a module given without one; nnsight wants some tokenizer to exist."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {f"<{index}>": index for index in range(vocab_size)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<0>")), unk_token="<0>", pad_token="<0>"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
@@ -90,6 +91,18 @@ class Model:
         return next(self.hf.parameters()).device
 
     @property
+    def accepts(self) -> frozenset[str]:
+        """What programs tell the forward beside token ids and masks: positions, and to leave out a router's logits.
+
+        The latter where the config asks for them: their loss counts the rows that came in, not those that joined.
+        """
+        names = {"position_ids"}
+        configs = (self.hf.config, self.hf.config.get_text_config())
+        if any(getattr(config, "output_router_logits", False) for config in configs):
+            names.add("output_router_logits")
+        return frozenset(names & set(inspect.signature(type(self.hf).forward).parameters))
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the weights."""
         return next(p.dtype for p in self.hf.parameters() if p.is_floating_point())
@@ -147,11 +160,6 @@ class Model:
             raise SiteUnavailableError(
                 f"{self.family.name} models have no {site.kind}: {self.family.missing[site.kind]}; they have "
                 + ", ".join(kind for kind in KINDS if kind not in self.family.missing)
-            )
-        if site.kind == "pattern" and self.family.name == "falcon" and self.taps["attention"] != "eager":
-            raise SiteUnavailableError(
-                f"{self.name} computes attention in one fused call that has no pattern; load it with "
-                "attn_implementation='eager'"
             )
         layer = site.layer
         if site.kind not in ("embed", "logits"):

@@ -178,6 +178,9 @@ def test_values_are_mixed_by_their_group() -> None:
         ("falcon", "qkv_layout", "split"),
         ("falcon_new", "qkv_layout", "grouped"),
         ("falcon_alibi", "qkv_layout", "interleaved"),
+        ("falcon_one_norm", "norm2", "input_layernorm"),
+        ("falcon_sequential", "qkv_layout", "split"),
+        ("falcon_sequential", "alibi", False),
     ],
 )
 def test_a_configuration_picks_its_variant(family: str, field: str, value: object) -> None:

@@ -59,7 +59,7 @@ def test_without_a_tokenizer_prompts_are_token_ids() -> None:
         interp.patch(model, PromptPairs(words(6), words(6, seed=1), ["home"], ["out"]), interp.grid("z"))
     with pytest.raises(PairsError, match="no tokenizer"):
         interp.collect_activations(model, ["Mary went"], layer=0, component="mlp_out")
-    with pytest.raises(ArchitectureError, match="needs the module's tokenizer"):
+    with pytest.raises(ArchitectureError, match="needs a tokenizer, and this model has none"):
         interp.load_model(hf, prefix="<bos>")
 
 

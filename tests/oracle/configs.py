@@ -106,6 +106,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "falcon",
         {**_FALCON, "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
     ),
+    "falcon_one_norm": (
+        "falcon",
+        {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon_sequential": ("falcon", {**_FALCON, "multi_query": True, "parallel_attn": False, "bias": True}),
     "stablelm": ("stablelm", {**_GROUPED, "partial_rotary_factor": 0.5, "use_parallel_residual": False}),
     "stablelm_parallel": (
         "stablelm",
@@ -116,6 +121,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {**_GROUPED, "head_dim": 16, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
     ),
+    "olmoe": ("olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": (
         "gpt_oss",
         {

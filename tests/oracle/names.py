@@ -106,7 +106,7 @@ _BLOOM = replace(
 _NAMES: dict[str, Names] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "granite", "smollm3"), _LLAMA),
     **dict.fromkeys(("ministral", "nemotron", "seed_oss", "helium", "arcee"), _LLAMA),
-    **dict.fromkeys(("mixtral", "qwen3_moe", "gpt_oss"), _MOE),
+    **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe", "gpt_oss"), _MOE),
     **dict.fromkeys(("gemma2", "gemma3_text"), _SANDWICH),
     **dict.fromkeys(("olmo2", "olmo3", "exaone4"), _POST_ONLY),
     **dict.fromkeys(("cohere", "cohere2"), replace(_LLAMA, norm2="input_layernorm", parallel=True)),

@@ -16,7 +16,8 @@ from .edges import all_edges, edges
 from .hooks import KINDS, Oracle, Patch, logit_diff
 
 PARALLEL = {"gptj", "gpt_neox", "phi", "falcon", "falcon_new", "stablelm_parallel", "cohere", "cohere2"}
-EXPERTS = {"mixtral", "qwen3_moe", "gpt_oss"}
+PARALLEL |= {"falcon_one_norm"}
+EXPERTS = {"mixtral", "qwen3_moe", "olmoe", "gpt_oss"}
 UNGATED = {
     *(
         "gpt2",
@@ -30,7 +31,16 @@ UNGATED = {
         "falcon",
         "falcon_new",
     ),
-    *("falcon_alibi", "starcoder2", "nemotron", "arcee", "apertus", "persimmon"),
+    *(
+        "falcon_one_norm",
+        "falcon_sequential",
+        "falcon_alibi",
+        "starcoder2",
+        "nemotron",
+        "arcee",
+        "apertus",
+        "persimmon",
+    ),
 }
 #: Families without rotation, where q_rot and k_rot are the projections' outputs.
 UNROTATED = {"gpt2", "gpt_neo", "opt", "bloom", "falcon_alibi"}
@@ -207,7 +217,7 @@ def test_parts_of_a_site_are_written_alone(family: str) -> None:
         if kind in HEAD_KINDS:
             heads = o.n_kv_heads if kind in ("k", "v", "k_rot") else o.n_heads
             assert_equal(o.run(CLEAN, [Patch(kind, 1, value, head=head) for head in range(heads)]), whole)
-            mixed = kind in "qk" and family in ("olmo2", "olmo3")  # their QK norm is over all heads
+            mixed = kind in "qk" and family in ("olmo2", "olmo3", "olmoe")  # their QK norm is over all heads
             if kind != "head_out" and not mixed:
                 moved = o.read(CLEAN, "z", 1, [Patch(kind, 1, value, head=heads - 1)]) - base_z
                 assert moved[:, : -(o.n_heads // heads)].abs().sum() < 1e-3 < moved.abs().max()

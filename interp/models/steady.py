@@ -1,4 +1,4 @@
-"""What a run here must not depend on: other threads, training mode, and the grad mode around the call."""
+"""How a module must stand while an experiment runs; afterwards it stands as it did before."""
 
 from __future__ import annotations
 
@@ -15,19 +15,30 @@ _MAKING = threading.Lock()
 
 
 @contextmanager
-def undisturbed(hf: torch.nn.Module) -> Iterator[None]:
-    """Run a model here: one thread at a time, dropout off, gradients possible. It is left in the mode that it was in."""
+def steady(hf: torch.nn.Module) -> Iterator[None]:
+    """Run a model here: one thread at a time, dropout off, gradients possible, outputs by name.
+
+    The configuration's `return_dict` is changed, not the call: transformers' models ask it again inside, where no argument
+    reaches.
+    """
     with _MAKING:
         lock = _LOCKS.setdefault(hf, threading.RLock())
     with lock, torch.inference_mode(False):
         training = [module for module in hf.modules() if module.training]
+        both: Any = hf.config
+        configs = {id(config): config for config in (both, both.get_text_config())}.values()
+        asked = [config for config in configs if getattr(config, "return_dict", True) is False]
         for module in training:
             module.training = False
+        for config in asked:
+            config.return_dict = True
         try:
             yield
         finally:
             for module in training:
                 module.training = True
+            for config in asked:
+                config.return_dict = False
 
 
 def ordinary(value: Any) -> Any:

@@ -1,0 +1,207 @@
+"""Checkpoints: a folder or a hub's name becomes a module and a tokenizer, read with transformers' own options."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import nnsight
+import torch
+
+from ..errors import ArchitectureError, ModelNotFoundError
+from .packages import BUNDLED
+
+#: Options that say where a checkpoint is and how it may be read: config, tokenizer and weights each need all of them.
+EVERYWHERE = (
+    "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code", "revision", "code_revision", "proxies",
+    "force_download", "gguf_file",
+)  # fmt: skip
+#: Those of them that find a single file on a hub.
+_FINDING = ("token", "cache_dir", "subfolder", "local_files_only", "revision", "proxies")
+#: How transformers says that a checkpoint is not one that it can load as a language model.
+_UNKNOWN = ("not recognize this architecture", "Unrecognized configuration class", "Unrecognized model")
+_UNTRUSTED = "`trust_remote_code=True`"
+#: Any one of these makes a tokenizer; without one transformers builds some families' from nothing, with an empty vocabulary.
+_TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
+
+
+def as_folder(source: Any) -> Path | None:
+    """The folder that a name means (`~` expanded), or None where it is a hub's id."""
+    said = str(source)
+    if isinstance(source, os.PathLike) or said.startswith((os.sep, ".", "~")) or (said and Path(said).is_dir()):
+        return Path(source).expanduser()
+    return None
+
+
+def read_checkpoint(
+    source: Any,
+    tokenizer: Any,
+    remote: bool,
+    *,
+    device: Any,
+    dtype: Any,
+    device_map: Any,
+    allow_missing: bool,
+    options: dict[str, Any],
+) -> tuple[Any, Any, str]:
+    """The HuggingFace model (a weightless nnsight one when remote), the tokenizer or None, the commit or revision read."""
+    from transformers import AutoConfig
+    from transformers.utils.hub import resolve_revision
+
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ArchitectureError(f"dtype={dtype!r} is no type of torch; use 'float32', 'bfloat16', 'auto', …")
+    where = {name: options[name] for name in EVERYWHERE if options.get(name) is not None}
+    source = _checked(source, where)
+    finding = {name: where[name] for name in ("revision", "token", "local_files_only", "cache_dir") if name in where}
+    if (revision := resolve_revision(source, **finding)) is not None:
+        where["revision"] = revision  # one commit for all three, though the branch may move meanwhile
+    commit = str(getattr(revision, "resolved", revision) or "")
+    try:  # an unknown architecture is told before its tokenizer or weights are looked for
+        config = options.get("config") or AutoConfig.from_pretrained(source, **where)
+        tokenizer = tokenizer or _read_tokenizer(source, config, where)
+        if remote:
+            return _weightless(source, config, tokenizer, dtype, options), tokenizer, commit
+        if device is None and device_map is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype is None:
+            dtype = torch.float32 if str(device) == "cpu" and "quantization_config" not in options else "auto"
+        placed = {"dtype": dtype, "device_map": device_map}
+        hf = _read_weights(source, {**options, **where, **placed}, allow_missing)
+        return hf if device_map is not None else hf.to(device), tokenizer, commit
+    except ModelNotFoundError:
+        raise
+    except ValueError as error:
+        if _UNTRUSTED in str(error):
+            raise ArchitectureError(
+                f"{source} brings code of its own, which runs only where you trust it: read that code, then load it with "
+                "trust_remote_code=True"
+            ) from error
+        if not any(text in str(error) for text in _UNKNOWN):
+            raise
+        raise ArchitectureError(
+            f"{source} holds no causal language model that transformers knows: {_first_line(error)}"
+        ) from error
+    except OSError as error:
+        if as_folder(source) is not None:
+            raise ModelNotFoundError(f"the model folder {source} cannot be read: {_first_line(error)}") from error
+        raise ModelNotFoundError(
+            f"no model {str(source)!r}: not a local folder, not a bundled name ({', '.join(BUNDLED)}), and the hub "
+            f"could not give it ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _checked(source: Any, where: dict[str, Any]) -> Any:
+    """A folder with what makes it a model, or a hub's id as it is."""
+    folder = as_folder(source)
+    if folder is None:
+        return source
+    wanted = folder / where.get("subfolder", "") / where.get("gguf_file", "config.json")
+    if not wanted.is_file():
+        raise ModelNotFoundError(
+            f"{wanted.parent} is not a model folder (no {wanted.name}); give a folder written by save_pretrained, a hub "
+            f"id, or a bundled name: {', '.join(BUNDLED)}"
+        )
+    return folder
+
+
+def _read_tokenizer(source: Any, config: Any, where: dict[str, Any]) -> Any:
+    """The checkpoint's own tokenizer; None, with a warning, where it has none.
+
+    Raises:
+        ModelNotFoundError: there is one, but it cannot be built.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    finding = {name: where[name] for name in _FINDING if name in where}
+    quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
+    written = "gguf_file" in where or "AutoTokenizer" in (getattr(config, "auto_map", None) or {})
+    if not written and not any(cached_file(source, name, **finding, **quiet) for name in _TOKENIZER_FILES):
+        warnings.warn(
+            f"{source} has no tokenizer files: prompts and answers must be token ids, or give load_model(..., tokenizer=)",
+            stacklevel=4,
+        )
+        return None
+    reason = "its vocabulary is empty"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    except Exception as error:  # whatever a tokenizer's own code raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    else:
+        if len(tokenizer) > len(tokenizer.all_special_ids):
+            return tokenizer
+    raise ModelNotFoundError(
+        f"the tokenizer of {source} cannot be built ({reason}); install or add what it lacks, or give "
+        "load_model(..., tokenizer=)"
+    )
+
+
+def _read_weights(source: Any, options: dict[str, Any], allow_missing: bool) -> Any:
+    """The module with its weights. Raises ModelNotFoundError where some would be random numbers, unless they may be."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    asked = allow_missing or bool(options.get("ignore_mismatched_sizes"))
+    options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (SafetensorError, pickle.UnpicklingError, struct.error, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise ModelNotFoundError(f"the weights of {source} cannot be read: {_first_line(error)}") from error
+    hf, info = loaded
+    absent = sorted(info["missing_keys"])
+    unfit = [f"{name} {tuple(has)}, not {tuple(wants)}" for name, has, wants in sorted(info["mismatched_keys"])]
+    if absent or unfit:
+        parts = [
+            f"{text} {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            for text, names in (("missing:", absent), ("of another shape:", unfit))
+            if names
+        ]
+        saved = ", ".join(getattr(hf.config, "architectures", None) or ["an unnamed class"])
+        said = f"{source} does not hold all weights of a {type(hf).__name__}: {'; '.join(parts)}"
+        if not (allow_missing if absent else asked):
+            raise ModelNotFoundError(
+                f"{said}. It was saved from {saved}, and transformers would fill the gaps with random numbers: give a "
+                "whole checkpoint, or load_model(..., allow_missing=True) to go on with them"
+            )
+        warnings.warn(f"{said}; they are random numbers", stacklevel=4)
+    return hf
+
+
+def _weightless(source: Any, config: Any, tokenizer: Any, dtype: Any, options: dict[str, Any]) -> Any:
+    """The nnsight model without weights whose requests a server understands."""
+    if dtype is not None:
+        options = {**options, "dtype": dtype}
+    for option in {"subfolder", "gguf_file"} & set(options):
+        warnings.warn(
+            f"a server knows {source} by its id and revision alone: {option}={options[option]!r} is read here, not there",
+            stacklevel=4,
+        )
+    known = tokenizer or ids_only(int(config.get_text_config().vocab_size))
+    nn = nnsight.TransformersModel(str(source), task="text-generation", tokenizer=known, **options)
+    # What is left here travels with each request: nothing of it but the trust is a server's business, least of all a token.
+    nn.kwargs = {name: value for name, value in nn.kwargs.items() if name == "trust_remote_code"}
+    return nn
+
+
+def ids_only(vocab_size: int) -> Any:
+    """A stand-in tokenizer for a model without one; nnsight wants some tokenizer to exist."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {f"<{index}>": index for index in range(vocab_size)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<0>")), unk_token="<0>", pad_token="<0>"
+    )
