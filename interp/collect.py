@@ -24,7 +24,8 @@ from .engine.identity import weights_digest
 from .engine.reading import last_layer, packed, read_program
 from .engine.schedule import token_budget
 from .engine.trace import execute
-from .errors import PairsError, PlanError
+from .errors import CheckpointError, PairsError, PlanError
+from .files import path_of
 from .models.model import Model
 from .pairs import PromptPairs
 from .shards import Step, StoredActivations, begun_sizes, write_shards
@@ -153,7 +154,9 @@ def collect_activations(
     listed: Any = texts.clean if isinstance(texts, PromptPairs) else [texts] if isinstance(texts, str) else texts
     total = len(listed) if hasattr(listed, "__len__") else None
     if to_disk is not None:
-        return write(request, listed, Path(to_disk), batch_tokens is None, bar_of(total, progress))
+        return write(
+            request, listed, path_of(to_disk, CheckpointError, "to_disk"), batch_tokens is None, bar_of(total, progress)
+        )
     found = (run_window(request, prompts) for prompts in windows(request, listed, bar_of(total, progress)))
     several = len(sites) > 1
     if stream:

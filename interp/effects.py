@@ -1,6 +1,6 @@
 """Effects: the labelled record that every experiment returns, with its provenance, on disk and as a table.
 
-Imports the standard library, numpy, pandas, xarray and `interp.errors`.
+Imports the standard library, numpy, pandas, xarray, `interp.errors` and `interp.files`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import html
 import io
 import json
 import os
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import pandas as pd
 import xarray as xr
 
 from .errors import EffectsError
+from .files import path_of, write_atomically
 
 #: Version of the file layout; a file with a greater one is refused.
 SCHEMA = 1
@@ -144,7 +144,7 @@ class Effects:
         Raises:
             EffectsError: the folder cannot be written, the disk is full, or coordinates NetCDF cannot hold.
         """
-        path = Path(path)
+        path = path_of(path, EffectsError)
         parts = {"values": self.values, "clean": self.clean}
         if self.corrupted is not None:
             parts["corrupted"] = self.corrupted
@@ -174,7 +174,7 @@ class Effects:
         Raises:
             EffectsError: no such file, not a file of ours, damaged, or written by a newer version.
         """
-        path = Path(path)
+        path = path_of(path, EffectsError)
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -255,21 +255,6 @@ def bootstrap(values: xr.DataArray, level: float = 0.95, samples: int = 2000, se
     dims = stacked.dims[1:]
     low, high = (xr.DataArray(b.reshape(stacked.shape[1:]), dims=dims) for b in bounds.astype(np.float32))
     return xr.Dataset({"mean": mean}).assign(low=low, high=high).assign_attrs(level=level, samples=samples)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write through a temporary file beside `path`, making parent folders; OSError on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _digest(parts: dict[str, xr.DataArray], provenance: str) -> str:
