@@ -69,10 +69,7 @@ def iterative_pruning(
     if pairs is None:
         if prompt is None or answer_tokens is None:
             raise CircuitError("iterative_pruning needs a prompt and answer_tokens=[right, wrong], or pairs=")
-        if isinstance(answer_tokens, str) or len(answer_tokens) not in (1, 2):
-            raise CircuitError(f"answer_tokens={answer_tokens!r}; give [right, wrong], or [right]")
-        right, *wrong = answer_tokens
-        pairs = PromptPairs([prompt], None, [right], wrong[:1] or None)
+        pairs = PromptPairs.one({"prompt": prompt}, answer_tokens)
     if ablation_type not in ABLATION_TYPES:
         raise CircuitError(f"unknown ablation_type {ablation_type!r}; the types are: {', '.join(ABLATION_TYPES)}")
     if ahead < 1:
@@ -84,6 +81,7 @@ def iterative_pruning(
     unknown = set(components) - {"head", "mlp"}
     if unknown or not components:
         raise CircuitError(f"components {list(components)}; they are 'head' and 'mlp'")
+    model.encode(pairs)  # what is wrong with them is told before a mean is taken
     facts = Facts.of(model)
     nodes = [site for site in facts.senders[:0:-1] if ("mlp" if site.kind == "mlp_out" else "head") in components]
     max_tokens = budget_of(checkpoint, model, max_tokens)

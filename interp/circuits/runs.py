@@ -57,9 +57,10 @@ def reference_of(model: Model, pairs: PromptPairs, ablation: str, reference: Any
         return "source"
     if ablation == "zero":
         return "zero"
+    encoded = model.encode(pairs)  # what is wrong with the pairs is told before a mean is taken
     prompts = encode_prompts(model, pairs if reference is None else reference).clean
     if ablation == "positional_mean":
-        length, *others = sorted({len(prompt) for prompt in model.encode(pairs).clean})
+        length, *others = sorted({len(prompt) for prompt in encoded.clean})
         shortest = min(map(len, prompts))
         if others or shortest < length:
             found = f"pairs of {[length, *others]} tokens" if others else f"a reference prompt of {shortest} tokens"
