@@ -1,6 +1,6 @@
 """Effects: the labelled record that every experiment returns, with its provenance, on disk and as a table.
 
-Imports the standard library, numpy, pandas, xarray, `interp.errors` and `interp.files`.
+Imports the standard library, numpy, pandas, xarray and rooms above.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import xarray as xr
 
 from .errors import EffectsError
 from .files import path_of, write_atomically
+from .spans import same_runs, warn_of_same
 
 #: Version of the file layout; a file with a greater one is refused.
 SCHEMA = 1
@@ -96,12 +98,22 @@ class Effects:
     def normalized(self) -> xr.DataArray:
         """(patched − base) / (source − base) per pair: 0 nothing moved, 1 became the source run.
 
-        Same dims as `values`; NaN without a source run and for pairs whose two runs have the same metric.
+        Same dims as `values`; NaN without a source run, and for pairs whose two runs differ by rounding only.
+
+        Warns:
+            UserWarning: once, of the pairs whose two runs differ by rounding only.
         """
         if self.source is None:
             return xr.full_like(self.values, np.nan)
-        span = self.source - self.base
-        return ((self.values - self.base) / span.where(span != 0)).transpose(*self.values.dims)
+        return ((self.values - self.base) / self._span).transpose(*self.values.dims)
+
+    @cached_property
+    def _span(self) -> xr.DataArray:
+        """source − base by pair; NaN where the two runs differ by rounding only, of which it warns once."""
+        base, source = self.base.values, xr.DataArray(self.source).values
+        same, allowed = same_runs(base, source, self.provenance)
+        warn_of_same(base, source, same, allowed, stacklevel=4)  # the caller of `normalized`, behind a cached property
+        return (xr.DataArray(self.source) - self.base).where(~same)
 
     def mean(self, normalized: bool = False) -> xr.DataArray:
         """Mean over the pairs that have the cell; dims of `values` without `pair`."""
