@@ -18,6 +18,7 @@ from .engine.reading import encode_prompts, last_layer, packed, read_program
 from .engine.run import run_plan
 from .engine.schedule import token_budget
 from .engine.trace import execute
+from .engine.trial import check_metric
 from .errors import PairsError, PlanError
 from .metrics import Metric, logit_diff
 from .models.model import Model
@@ -95,6 +96,9 @@ def ablate(
     if mode != "zero":
         encoded = model.encode(clean)
         sites = sites_of(plan.resolve(model, encoded))
+        common["rounding"] = check_metric(
+            metric, encoded, model.vocab_size, dtype=model.dtype
+        )  # before a mean is taken
         length = max(map(len, encoded.clean)) if mode == "positional_mean" else None
         values.update(means(model, references, sites, length, options.get("max_tokens")))
 

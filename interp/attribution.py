@@ -15,9 +15,10 @@ from .edits import OPS
 from .effects import Effects
 from .engine.compile import compile_chunk, gradient_program
 from .engine.rows import SOURCE, Context, Row, check_direction, make_rows, stage_of
-from .engine.run import check_metric, context_of, make_effects, provenance, run_plan
+from .engine.run import check_cells, check_runs, context_of, make_effects, provenance, run_plan
 from .engine.schedule import choose_schedule, gradient_budget, pack_pairs
 from .engine.trace import execute_gradients
+from .engine.trial import check_metric, name_of
 from .errors import PlanError
 from .metrics import Metric, logit_diff
 from .models.model import Model
@@ -66,11 +67,13 @@ def attribute(
 
     Raises:
         PlanError: unknown method, a plan with constants or edges, or a site without a gradient.
-        PairsError: an "ig" method on prompts that differ in length. MetricError: a metric without a gradient.
+        PairsError: an "ig" method on prompts that differ in length, or prompts that are the same in every pair.
+        MetricError: a metric without a gradient.
         SiteError, AnswerError: as `patch`.
 
     Warns:
-        UserWarning: the metric's gradient vanishes at the base run, as KL's does at the clean run.
+        UserWarning: the metric's gradient vanishes at the base run, as KL's does at the clean run; the two prompts of some
+            pairs are the same.
     """
     if method not in METHODS:
         raise PlanError(f"unknown attribution method {method!r}; the methods are: {', '.join(METHODS)}")
@@ -81,8 +84,9 @@ def attribute(
     check_direction(direction, encoded)
     needs = {"atp*": ("attn_out", "mlp_out"), "ig": ("embed",)}.get(method, ())
     model.rests_on(f"attribute(method={method!r})", "backward", *needs)
+    encoded.require_corrupted("attribute")
     resolved = plan.resolve(model, encoded)
-    check_metric(metric, encoded, model.vocab_size, gradient=True)
+    rounding = check_metric(metric, encoded, model.vocab_size, gradient=True, dtype=model.dtype)
     _check_plan(model, resolved, method)
     if method.startswith("ig"):
         encoded.require_aligned(f"method {method!r}")
@@ -94,11 +98,14 @@ def attribute(
     rows, _ = make_rows(resolved, context, prune=False)
     _check_places(rows, context, method)
     found = _run(model, context, rows, metric, method, alphas, budget, len(resolved.cells))
+    check_runs(metric, model, found.base, found.source)
+    check_cells(metric, model, found.changes, [(row.cell, row.pair) for row in rows])
     estimates = found.base + found.changes
     if found.slope <= FLAT * float(np.abs(found.source - found.base).max()):
+        instead = "" if method.startswith("ig") else "method='ig', "
         warnings.warn(
-            f"the gradient of {getattr(metric, '__name__', metric)} vanishes at the base run of {direction!r} (KL's "
-            "does at the clean run), so that estimates mean nothing; use method='ig', another metric or direction",
+            f"the gradient of {name_of(metric)} vanishes at the base run of {direction!r} (KL's "
+            f"does at the clean run), so that estimates mean nothing; use {instead}another metric or direction",
             stacklevel=2,
         )
     report = None
@@ -111,7 +118,8 @@ def attribute(
         pairs,
         method=f"attribute:{method}",
         plan=resolved.spec,
-        metric=getattr(metric, "__name__", repr(metric)),
+        metric=name_of(metric),
+        metric_rounding=rounding,
         direction=direction,
         schedule="gradient",
         points=list(alphas) if method.startswith("ig") else None,

@@ -24,9 +24,11 @@ from .engine.identity import weights_digest
 from .engine.reading import last_layer, packed, read_program
 from .engine.schedule import token_budget
 from .engine.trace import execute
-from .errors import PairsError, PlanError
+from .errors import CheckpointError, PairsError, PlanError
+from .files import path_of
 from .models.model import Model
 from .pairs import PromptPairs
+from .prompts import prompts_of
 from .shards import Step, StoredActivations, begun_sizes, write_shards
 from .sites import Site
 from .tokens import Text
@@ -104,7 +106,8 @@ def collect_activations(
     """Activations of texts, run in batches of similar length no further than the last layer that is needed.
 
     Args:
-        texts: strings, token ids, or pairs whose clean prompts are taken; any iterable, read as it is needed.
+        texts: strings or token ids in any form of `prompts_of`, or pairs whose clean prompts are taken; any iterable of them
+            is read as it is needed.
         layer, component: one or several; each component at each layer (`embed` once).
         positions: None is every token of each text, "last" the last one; or positions from the text's own first
             token (prefix included), negative from its end. Padding is never collected.
@@ -151,9 +154,11 @@ def collect_activations(
         max(budget, min(BATCHES * budget, WINDOW_BYTES // element)),
     )
     listed: Any = texts.clean if isinstance(texts, PromptPairs) else [texts] if isinstance(texts, str) else texts
-    total = len(listed) if hasattr(listed, "__len__") else None
+    total = len(listed) if isinstance(listed, list | tuple) else None
     if to_disk is not None:
-        return write(request, listed, Path(to_disk), batch_tokens is None, bar_of(total, progress))
+        return write(
+            request, listed, path_of(to_disk, CheckpointError, "to_disk"), batch_tokens is None, bar_of(total, progress)
+        )
     found = (run_window(request, prompts) for prompts in windows(request, listed, bar_of(total, progress)))
     several = len(sites) > 1
     if stream:
@@ -227,11 +232,8 @@ def windows(request: Request, texts: Iterable[Any], bar: Any) -> Iterator[list[P
     prompts: list[Prompt] = []
     full = 0
     with bar:
-        for number, text in enumerate(texts):
-            if not isinstance(text, str) and not hasattr(text, "__iter__"):
-                raise PairsError(f"text {number} is {text!r}; texts are strings or lists of token ids: [[1, 2], [3]]")
-            given = text if isinstance(text, str) else tuple(int(token) for token in text)
-            prompt = prompt_of(request, number, reader.prompt("text", number, given), isinstance(text, str))
+        for number, text in enumerate(prompts_of("text", texts)):
+            prompt = prompt_of(request, number, reader.prompt("text", number, text), isinstance(text, str))
             if prompts and full + len(prompt.ids) > request.window_tokens:
                 yield prompts
                 bar.update(len(prompts))

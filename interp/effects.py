@@ -1,6 +1,6 @@
 """Effects: the labelled record that every experiment returns, with its provenance, on disk and as a table.
 
-Imports the standard library, numpy, pandas, xarray and `interp.errors`.
+Imports the standard library, numpy, pandas, xarray and rooms above.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import html
 import io
 import json
 import os
-import secrets
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import pandas as pd
 import xarray as xr
 
 from .errors import EffectsError
+from .files import path_of, write_atomically
+from .spans import same_runs, warn_of_same
 
 #: Version of the file layout; a file with a greater one is refused.
 SCHEMA = 1
@@ -96,12 +98,22 @@ class Effects:
     def normalized(self) -> xr.DataArray:
         """(patched − base) / (source − base) per pair: 0 nothing moved, 1 became the source run.
 
-        Same dims as `values`; NaN without a source run and for pairs whose two runs have the same metric.
+        Same dims as `values`; NaN without a source run, and for pairs whose two runs differ by rounding only.
+
+        Warns:
+            UserWarning: once, of the pairs whose two runs differ by rounding only.
         """
         if self.source is None:
             return xr.full_like(self.values, np.nan)
-        span = self.source - self.base
-        return ((self.values - self.base) / span.where(span != 0)).transpose(*self.values.dims)
+        return ((self.values - self.base) / self._span).transpose(*self.values.dims)
+
+    @cached_property
+    def _span(self) -> xr.DataArray:
+        """source − base by pair; NaN where the two runs differ by rounding only, of which it warns once."""
+        base, source = self.base.values, xr.DataArray(self.source).values
+        same, allowed = same_runs(base, source, self.provenance)
+        warn_of_same(base, source, same, allowed, stacklevel=4)  # the caller of `normalized`, behind a cached property
+        return (xr.DataArray(self.source) - self.base).where(~same)
 
     def mean(self, normalized: bool = False) -> xr.DataArray:
         """Mean over the pairs that have the cell; dims of `values` without `pair`."""
@@ -144,7 +156,7 @@ class Effects:
         Raises:
             EffectsError: the folder cannot be written, the disk is full, or coordinates NetCDF cannot hold.
         """
-        path = Path(path)
+        path = path_of(path, EffectsError)
         parts = {"values": self.values, "clean": self.clean}
         if self.corrupted is not None:
             parts["corrupted"] = self.corrupted
@@ -174,7 +186,7 @@ class Effects:
         Raises:
             EffectsError: no such file, not a file of ours, damaged, or written by a newer version.
         """
-        path = Path(path)
+        path = path_of(path, EffectsError)
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -255,21 +267,6 @@ def bootstrap(values: xr.DataArray, level: float = 0.95, samples: int = 2000, se
     dims = stacked.dims[1:]
     low, high = (xr.DataArray(b.reshape(stacked.shape[1:]), dims=dims) for b in bounds.astype(np.float32))
     return xr.Dataset({"mean": mean}).assign(low=low, high=high).assign_attrs(level=level, samples=samples)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write through a temporary file beside `path`, making parent folders; OSError on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _digest(parts: dict[str, xr.DataArray], provenance: str) -> str:

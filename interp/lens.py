@@ -19,6 +19,7 @@ from .engine.trace import execute
 from .errors import AuditError, MetricError, PlanError, SiteError
 from .models.model import Model
 from .pairs import PromptPairs
+from .prompts import one_prompt
 from .sites import Site
 from .tokens import Text
 
@@ -126,11 +127,9 @@ def attention_patterns(
 
     Raises:
         SiteError: a layer that does not exist. SiteUnavailableError: attention that exposes no pattern. PlanError: no
-            layer, or several prompts.
+            layer. PairsError: several prompts, or what is none.
     """
-    if not isinstance(prompt, str) and any(isinstance(token, str) or hasattr(token, "__len__") for token in prompt):
-        raise PlanError("attention_patterns takes one prompt: a string, or a list of token ids")
-    encoded = encode_prompts(model, [prompt])
+    encoded = encode_prompts(model, [one_prompt("prompt", prompt)])
     wanted = range(model.n_layers) if layers is None else integers(layers, "layers")
     chosen = [model.require(Site("pattern", layer=layer)).layer or 0 for layer in wanted]
     if not chosen:
@@ -192,11 +191,10 @@ def direct_effects(model: Model, pairs: PromptPairs, by: str = "component") -> E
     """
     if by not in ("component", "head", "position"):
         raise PlanError(f"by={by!r}; it is one of 'component', 'head', 'position'")
-    encoded = encode_prompts(model, pairs)
     if not isinstance(pairs, PromptPairs) or pairs.answers is None:
         raise MetricError("direct effects are those on the answers' logits; give PromptPairs(answers=[...])")
     with_answers = PromptPairs(
-        encoded.clean, None, pairs.answers, pairs.distractors, answer_positions=pairs.answer_positions, name=pairs.name
+        pairs.clean, None, pairs.answers, pairs.distractors, answer_positions=pairs.answer_positions, name=pairs.name
     )
     encoded = model.encode(with_answers)
     model.rests_on("direct_effects", "senders", "head")

@@ -7,7 +7,6 @@ from typing import Any
 
 from .effects import Effects
 from .engine.run import run_plan
-from .errors import AnswerError
 from .metrics import Metric, logit_diff
 from .models.model import Model
 from .pairs import PromptPairs
@@ -75,8 +74,5 @@ def comprehensive_activation_patching(
         answer_tokens: [right, wrong], each one token (string or id); the metric is their logit difference by default.
         options: passed to `patch`.
     """
-    if isinstance(answer_tokens, str) or not 1 <= len(answer_tokens) <= 2:
-        raise AnswerError(f"answer_tokens is {answer_tokens!r}; give [right, wrong], each a string or a token id")
-    right, *wrong = answer_tokens
-    pairs = PromptPairs([clean_prompt], [corrupted_prompt], [right], wrong or None)
+    pairs = PromptPairs.one({"clean_prompt": clean_prompt, "corrupted_prompt": corrupted_prompt}, answer_tokens)
     return patch(model, pairs, grid(components), metric, direction, **options)

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .effects import write_atomically
 from .errors import CheckpointError, PlanError
+from .files import path_of, write_atomically
 
 INDEX = "index.json"
 SCHEMA = 1
@@ -36,10 +36,11 @@ class StoredActivations:
         Raises:
             CheckpointError: no such folder, or one whose index cannot be read.
         """
-        path = Path(folder) / INDEX
+        place = path_of(folder, CheckpointError, "folder")
+        path = place / INDEX
         try:
             facts = json.loads(path.read_text())
-            return cls(Path(folder), {**facts, "sites": list(facts["sites"]), "shards": list(facts["shards"])})
+            return cls(place, {**facts, "sites": list(facts["sites"]), "shards": list(facts["shards"])})
         except OSError as error:
             raise CheckpointError(f"no activations in {folder}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError) as error:

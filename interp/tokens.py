@@ -94,6 +94,28 @@ class Text:
         shift = len(ids) - len(spans)  # the prefix, where this class added it
         return tuple(p + shift for p, (a, b) in enumerate(spans) if a < b and a < start + len(part) and b > start)
 
+    def check_end(self, side: str, i: int, prompt: str | Tokens, ids: Tokens) -> None:
+        """Refuse a text behind which the tokenizer puts special tokens: its answer would be read behind them.
+
+        Raises:
+            PairsError: it names the tokens. Ids, and special tokens that stand in the text itself, are taken as they are.
+        """
+        if not isinstance(prompt, str):
+            return
+        bare = tuple(self._ids(side, i, prompt, add_special_tokens=False))
+        ends = range(len(ids), len(bare) - 1, -1)
+        end = next((end for end in ends if ids[end - len(bare) : end] == bare), None)
+        if end is None:  # without special tokens the text itself is cut up otherwise
+            special = set(getattr(self.tokenizer, "all_special_ids", ()))
+            end = next((at for at in range(len(ids), 0, -1) if ids[at - 1] not in special), len(ids))
+        if behind := ids[end:]:
+            named = ", ".join(f"{self.label(token)!r} (id {token})" for token in behind)
+            raise PairsError(
+                f"{side} of pair {i}: the tokenizer puts {named} behind the text {prompt!r}, so that the answer would be read "
+                f"there; set tokenizer.add_eos_token=False, or give answer_positions={-1 - len(behind)} (-1 where this is "
+                "meant), or token ids"
+            )
+
     def label(self, token: int) -> str:
         """The token's text; `<id>` where the tokenizer knows none."""
         try:

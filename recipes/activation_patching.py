@@ -212,7 +212,9 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default=None, help="float32, bfloat16, …; fp32 on a CPU")
-    parser.add_argument("--out", type=Path, default=Path("artifacts/activation_patching"))
+    parser.add_argument(
+        "--out", type=lambda text: Path(text).expanduser(), default=Path("artifacts/activation_patching")
+    )
     options = parser.parse_args(arguments)
 
     interp.set_seed(options.seed)

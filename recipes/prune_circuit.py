@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default=None, help="float32, bfloat16, …; fp32 on a CPU")
-    parser.add_argument("--out", type=Path, default=Path("artifacts/prune_circuit"))
+    parser.add_argument("--out", type=lambda text: Path(text).expanduser(), default=Path("artifacts/prune_circuit"))
     options = parser.parse_args(arguments)
     if (options.prompt is None) != (options.answers is None):
         parser.error("--prompt and --answers belong together")

@@ -16,8 +16,8 @@ ROOT = Path(interp.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 #: Rooms from the first to the last: a module imports from rooms that stand before its own.
 ROOMS = (
-    "errors", "seeds", "sites", "edits", "metrics", "tokens", "pairs", "cells", "plan", "effects", "models", "engine",
-    "audit", "shards", "methods", "circuits", "saes", "plots", "tracking", "tasks",
+    "errors", "files", "seeds", "sites", "edits", "metrics", "tokens", "prompts", "encoded", "pairs", "cells", "plan",
+    "spans", "effects", "models", "engine", "audit", "shards", "methods", "circuits", "saes", "plots", "tracking", "tasks",
 )  # fmt: skip
 #: Methods stand beside one another and import nothing of each other.
 METHODS = ("patching", "paths", "tracing", "ablation", "attribution", "lens", "collect")

@@ -234,7 +234,7 @@ def test_what_is_refused() -> None:
     ]:
         with pytest.raises(PlanError, match=message):
             collect_activations(model, TEXTS, **{"layer": 1, **options})
-    with pytest.raises(PairsError, match=r"text 0 is 5; texts are strings or lists of token ids"):
+    with pytest.raises(PairsError, match=r"text 0 is the one id 5; a prompt is a string, a list of ids"):
         collect_activations(model, [5, 6], 1)
     assert collect_activations(model, TEXTS, np.int64(1), dtype="float16").dtype is torch.float16
     with pytest.raises(PlanError, match="positions='first'"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import interp.lens
 from interp import Model, PromptPairs
-from interp.errors import MetricError, PlanError, SiteError, SiteUnavailableError
+from interp.errors import MetricError, PairsError, PlanError, SiteError, SiteUnavailableError
 from interp.lens import attention_patterns, direct_effects, logit_lens
 from tests.families import EXPERTS, count_forwards, loaded, oracle_of, words
 from tests.oracle.hooks import Oracle, Patch
@@ -293,7 +293,7 @@ def test_attention_patterns_refuse_what_has_none() -> None:
         attention_patterns(loaded("falcon_new", "sdpa"), words(4)[0])
     with pytest.raises(SiteError, match="layer 3"):
         attention_patterns(loaded("gpt2"), words(4)[0], layers=3)
-    with pytest.raises(PlanError, match="one prompt"):
+    with pytest.raises(PairsError, match="prompt is 2 prompts, and one prompt is wanted"):
         attention_patterns(loaded("gpt2"), words(4, 4))
     with pytest.raises(PlanError, match="no layer"):
         attention_patterns(loaded("gpt2"), words(4)[0], layers=[])

@@ -67,11 +67,11 @@ def test_a_prompt_that_begins_with_the_prefix_gets_no_second_one():
 
 def test_answers_are_sets_of_distinct_tokens(tokenizer):
     paris, rome = ids_of(tokenizer, " Paris Rome")
-    pairs = PromptPairs([CLEAN] * 3, None, [" Paris", rome, [" Rome", paris, " Rome"]], [rome, [7, 8], paris])
+    pairs = PromptPairs([CLEAN] * 3, None, [" Paris", rome, [" Rome", paris, " Rome"]], [rome, [7, 8], 9])
     encoded = pairs.encode(tokenizer)
     assert PromptPairs([CLEAN], None, [{" Paris", " Delhi"}]).answers == ((" Delhi", " Paris"),)
     assert encoded.answers == ((paris,), (rome,), (rome, paris))
-    assert encoded.distractors == ((rome,), (7, 8), (paris,))
+    assert encoded.distractors == ((rome,), (7, 8), (9,))
     assert encoded.corrupted is None and encoded.corrupted_labels == ()
 
 

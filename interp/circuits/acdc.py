@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ..cells import Cell
 from ..engine.checkpoint import read_identity
+from ..engine.trial import check_metric
 from ..metrics import Metric
 from ..models.model import Model
 from ..pairs import PromptPairs
@@ -46,7 +47,8 @@ def acdc(
     kept = facts.mask.copy() if within is None else within.matrix(facts).copy()
     order = [(int(s), r) for r in reversed(range(len(facts.receivers))) for s in reversed(np.flatnonzero(kept[:, r]))]
     reference = reference_of(model, pairs, "counterfactual")
-    options: dict[str, Any] = {"max_tokens": max_tokens, "progress": False}
+    rounding = check_metric(metric, model.encode(pairs), model.vocab_size, dtype=model.dtype)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "progress": False, "rounding": rounding}
     run = run_masks(model, pairs, [kept], "counterfactual", metric, reference=reference, **options)
     current = float(run.values.mean())
     if threshold is None and checkpoint is not None:

@@ -16,9 +16,10 @@ from ..attribution import FLAT, midpoints, step_rows
 from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edge, Edit
 from ..engine.compile import compile_chunk, gradient_program
-from ..engine.run import check_metric, context_of, run_plan
+from ..engine.run import context_of, run_plan
 from ..engine.schedule import gradient_budget, pack_pairs
 from ..engine.trace import execute_gradients
+from ..engine.trial import check_metric, name_of
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
 from ..models.model import EDGE_LAWS, GRADIENT_LAWS, Model
@@ -70,7 +71,8 @@ def discover(
         CircuitError, PairsError, MetricError: before the model runs.
 
     Warns:
-        UserWarning: the metric's gradient vanishes at the base run; "exact" or "acdc" will take long.
+        UserWarning: the metric's gradient vanishes at the base run; "exact" or "acdc" will take long; the two prompts of
+            some pairs are the same (where those of all are, that is a CircuitError).
     """
     if method not in METHODS:
         raise CircuitError(f"unknown method {method!r}; the methods are: {', '.join(METHODS)}")
@@ -82,6 +84,7 @@ def discover(
         raise CircuitError("discover corrupts edges: give PromptPairs(corrupted=[...])")
     encoded = model.encode(pairs)
     encoded.require_aligned("a circuit")
+    encoded.require_corrupted("discover", CircuitError)
     alphas = (0.0,) if method == "eap" else tuple(points) if points is not None else midpoints(max(0, steps))
     if not alphas:
         raise CircuitError(f"{method} needs interpolation points: steps={steps}, points={points}; give 1 or more")
@@ -104,7 +107,7 @@ def discover(
     meta: dict[str, Any] = {
         "model": model.name,
         "method": method,
-        "metric": getattr(metric, "__name__", repr(metric)),
+        "metric": name_of(metric),
         "ablation": "counterfactual",
         "pairs": len(pairs),
     }
@@ -176,9 +179,10 @@ def edge_attributions(
                 chosen = group_senders(model, group)
                 out[np.ix_(block, chosen)] = scores[:, chosen]
     if float(np.abs(out[..., -1]).max()) <= FLAT * moved:  # the edges into the logits: the metric's own gradient
+        instead = "" if method.startswith("eap-ig") else "method='eap-ig', or "
         warnings.warn(
-            f"the gradient of {getattr(metric, '__name__', metric)} vanishes where {method} takes it (KL's does at the "
-            "clean run), so that its scores mean nothing; use method='eap-ig', or another metric",
+            f"the gradient of {name_of(metric)} vanishes where {method} takes it (KL's does at the "
+            f"clean run), so that its scores mean nothing; use {instead}another metric",
             stacklevel=3,
         )
     return out

@@ -104,7 +104,7 @@ def evaluate_circuit(
     rest = [facts.mask & ~whole] if completeness else []
     without = _taken_out(circuit, minimality, facts)
     taken = [whole, *without.values()] if without else []
-    filled = reference_of(model, pairs, ablation, reference)
+    filled = reference_of(model, pairs, ablation, reference, metric)
     every = [nothing, *masks, *rest, *taken]
     effects = run_masks(model, pairs, every, ablation, metric, reference=filled, **options)
     values, full = (part.values.astype(np.float64) for part in (effects.values, effects.clean))

@@ -11,14 +11,13 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
 
 import networkx as nx
 
-from ..effects import write_atomically
 from ..errors import CircuitError
+from ..files import path_of, write_atomically
 from .circuit import LEVELS, Circuit
 from .nodes import EMBED, Facts, node
 
@@ -199,8 +198,9 @@ def typed(path: Place, name: str, value: Any, kind: type) -> Any:
 
 
 def _read(path: Place) -> bytes:
+    place = path_of(path, CircuitError)
     try:
-        return Path(path).read_bytes()
+        return place.read_bytes()
     except OSError as error:
         raise CircuitError(f"cannot read a circuit from {path}: {error.strerror or error}") from error
 
@@ -230,7 +230,8 @@ def _meta_text(circuit: Circuit) -> str:
 
 def write_text(path: Place, text: str) -> None:
     """Write a whole file or none."""
+    place = path_of(path, CircuitError)
     try:
-        write_atomically(Path(path), text.encode())
-    except OSError as error:
-        raise CircuitError(f"cannot write a circuit to {path}: {error.strerror or error}") from error
+        write_atomically(place, text.encode())
+    except (OSError, ValueError) as error:  # "." has no name to write to
+        raise CircuitError(f"cannot write a circuit to {path}: {getattr(error, 'strerror', None) or error}") from error

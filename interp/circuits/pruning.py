@@ -13,6 +13,7 @@ from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edit
 from ..engine.reading import encode_prompts
 from ..engine.run import run_plan
+from ..engine.trial import check_metric, name_of
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
 from ..models.model import Model
@@ -69,10 +70,7 @@ def iterative_pruning(
     if pairs is None:
         if prompt is None or answer_tokens is None:
             raise CircuitError("iterative_pruning needs a prompt and answer_tokens=[right, wrong], or pairs=")
-        if isinstance(answer_tokens, str) or len(answer_tokens) not in (1, 2):
-            raise CircuitError(f"answer_tokens={answer_tokens!r}; give [right, wrong], or [right]")
-        right, *wrong = answer_tokens
-        pairs = PromptPairs([prompt], None, [right], wrong[:1] or None)
+        pairs = PromptPairs.one({"prompt": prompt}, answer_tokens)
     if ablation_type not in ABLATION_TYPES:
         raise CircuitError(f"unknown ablation_type {ablation_type!r}; the types are: {', '.join(ABLATION_TYPES)}")
     if ahead < 1:
@@ -84,6 +82,10 @@ def iterative_pruning(
     unknown = set(components) - {"head", "mlp"}
     if unknown or not components:
         raise CircuitError(f"components {list(components)}; they are 'head' and 'mlp'")
+    encoded = model.encode(pairs)  # what is wrong with them is told before a mean is taken
+    if swap:
+        encoded.require_corrupted("iterative_pruning", CircuitError)
+    rounding = check_metric(metric, encoded, model.vocab_size, dtype=model.dtype)
     facts = Facts.of(model)
     nodes = [site for site in facts.senders[:0:-1] if ("mlp" if site.kind == "mlp_out" else "head") in components]
     for site in nodes:
@@ -100,7 +102,8 @@ def iterative_pruning(
         cells = tuple(Cell((i,), edits=each) for i, each in enumerate(edits))
         plan: Any = _Sets("circuit", tuple(range(len(sets))), cells, {"pruning": len(dropped)})
         options: dict[str, Any] = {"max_tokens": max_tokens, "progress": False, "needs_source": swap}
-        found = run_plan(model, pairs, plan, metric, "noising", method="iterative_pruning", **options)
+        options |= {"method": "iterative_pruning", "rounding": rounding}
+        found = run_plan(model, pairs, plan, metric, "noising", **options)
         return found.values.mean("pair").values, float(found.clean.mean())
 
     def attempt(batch: Sequence[Site]) -> tuple[list[float], list[bool]]:
@@ -132,7 +135,7 @@ def iterative_pruning(
     meta = {
         "model": model.name,
         "method": "iterative_pruning",
-        "metric": getattr(metric, "__name__", repr(metric)),
+        "metric": name_of(metric),
         "ablation": ablation_type,
         "threshold": threshold,
         "metric_value": current,

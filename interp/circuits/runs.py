@@ -14,6 +14,7 @@ from ..effects import Effects
 from ..engine.reading import contribution_program, encode_prompts
 from ..engine.run import run_plan
 from ..engine.trace import contributions
+from ..engine.trial import check_metric
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
 from ..models.model import EDGE_LAWS, Model
@@ -47,10 +48,13 @@ def check_ablation(ablation: str, pairs: PromptPairs) -> None:
         raise CircuitError("counterfactual ablation needs PromptPairs(corrupted=[...]); or ablation='mean' or 'zero'")
 
 
-def reference_of(model: Model, pairs: PromptPairs, ablation: str, reference: Any = None) -> Any:
+def reference_of(
+    model: Model, pairs: PromptPairs, ablation: str, reference: Any = None, metric: Metric | None = None
+) -> Any:
     """What stands in for a cut edge: the source run, zero, or mean contributions over reference prompts.
 
-    Means are over the reference prompts (the pairs' own clean ones by default) and, for "mean", their positions.
+    Means are over the reference prompts (the pairs' own clean ones by default) and, for "mean", their positions. What is
+    wrong with the pairs, or with the metric where one is given, is told before a mean is taken.
     """
     check_ablation(ablation, pairs)
     model.rests_on("running a circuit", *EDGE_LAWS)
@@ -58,9 +62,12 @@ def reference_of(model: Model, pairs: PromptPairs, ablation: str, reference: Any
         return "source"
     if ablation == "zero":
         return "zero"
+    encoded = model.encode(pairs)
+    if metric is not None:
+        check_metric(metric, encoded, model.vocab_size)
     prompts = encode_prompts(model, pairs if reference is None else reference).clean
     if ablation == "positional_mean":
-        length, *others = sorted({len(prompt) for prompt in model.encode(pairs).clean})
+        length, *others = sorted({len(prompt) for prompt in encoded.clean})
         shortest = min(map(len, prompts))
         if others or shortest < length:
             found = f"pairs of {[length, *others]} tokens" if others else f"a reference prompt of {shortest} tokens"
@@ -138,7 +145,7 @@ def run_circuit(
         CircuitError, PairsError, MetricError: before the model runs.
     """
     prompts = options.pop("reference", None)
-    reference = reference_of(model, pairs, ablation, prompts)
+    reference = reference_of(model, pairs, ablation, prompts, metric)
     if not isinstance(circuit, Circuit):
         circuit = Circuit.from_nodes(circuit, model)
     found = run_masks(model, pairs, [circuit.matrix(model)], ablation, metric, reference=reference, **options)

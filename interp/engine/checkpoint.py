@@ -24,6 +24,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import CheckpointError
+from ..files import path_of
 
 try:
     import fcntl
@@ -56,7 +57,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Any, identity: dict[str, Any], digest: str, sizes: Sequence[int]) -> None:
-        self.path = _path(path)
+        self.path = path_of(path, CheckpointError, "checkpoint")
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.digest, self.sizes = digest, list(sizes)
         self.finished: list[np.ndarray] = []
@@ -220,8 +221,9 @@ def read_identity(path: Any) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    with _reading(_path(path)) as file:
-        found = read_header(_path(path), file) if file is not None else None
+    path = path_of(path, CheckpointError, "checkpoint")
+    with _reading(path) as file:
+        found = read_header(path, file) if file is not None else None
     return {} if found is None else found["identity"]
 
 
@@ -240,13 +242,6 @@ def _reading(path: Path) -> Any:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     with file:
         yield file
-
-
-def _path(path: Any) -> Path:
-    try:
-        return Path(path)
-    except TypeError:
-        raise CheckpointError(f"checkpoint={path!r} is not a path; give the path of a file") from None
 
 
 def differences(expected: Any, found: Any, name: str = "") -> list[str]:

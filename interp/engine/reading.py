@@ -12,6 +12,7 @@ from ..edits import FIELDS, OPS
 from ..models.model import Model
 from ..models.steady import steady
 from ..pairs import EncodedPairs, PromptPairs
+from ..prompts import prompts_of
 from ..sites import TABLE_KINDS
 from .compile import inputs_of
 from .trace import execute
@@ -74,8 +75,12 @@ def contribution_program(model: Model, prompt: Sequence[int]) -> dict[str, Any]:
 
 def encode_prompts(model: Model, prompts: Any) -> EncodedPairs:
     """Prompts (strings, token ids, or the clean ones of `PromptPairs`) as tokens, without a second run or answers."""
-    listed = prompts.clean if isinstance(prompts, PromptPairs) else [prompts] if isinstance(prompts, str) else prompts
-    return model.encode(PromptPairs(listed))
+    if isinstance(prompts, PromptPairs):
+        prompts = prompts.clean
+    given = [prompts] if isinstance(prompts, str) else tuple(prompts_of("prompt", prompts))
+    return model.encode(
+        PromptPairs(given, answer_positions=-1)
+    )  # no answer is read: what stands last may be a special token
 
 
 def last_layer(model: Model, sites: Iterable[tuple[int, str]]) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,14 +12,13 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
 from ..cells import Resolved
 from ..effects import Effects
 from ..errors import MetricError, PlanError
-from ..metrics import Batch, Metric
+from ..metrics import Metric
 from ..models.model import Model
 from ..pairs import EncodedPairs, PromptPairs
 from ..plan import Plan
@@ -28,48 +28,36 @@ from .checkpoint import Checkpoint, read_identity
 from .identity import PACKAGES, identify
 from .rows import Context, Noise, check_direction, constants
 from .schedule import Job, choose_schedule, make_job, token_budget
+from .trial import check_metric, name_of
 
 
-def check_metric(metric: Metric, encoded: EncodedPairs, d_vocab: int, gradient: bool = False) -> None:
-    """Try a metric on random logits before the model runs.
-
-    Raises:
-        MetricError: it fails, needs what the pairs lack, returns another shape than [row], NaN, or no gradient.
-    """
-    name = getattr(metric, "__name__", repr(metric))
-    rows = 3
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(rows, d_vocab, generator=generator).requires_grad_(gradient)
-
-    def tokens(sets: Any) -> torch.Tensor | None:
-        if sets is None:
-            return None
-        if all(len(item) == 1 for item in sets):
-            return torch.tensor([sets[0][0]] * rows)
-        width = max(len(item) for item in sets)
-        return torch.tensor([[*sets[0], *[-1] * (width - len(sets[0]))]] * rows)
-
-    batch = Batch(
-        answers=tokens(encoded.answers),
-        distractors=tokens(encoded.distractors),
-        clean_logits=logits.detach().flip(0),
-        corrupted_logits=None if encoded.corrupted is None else logits.detach().roll(1, 0),
-    )
-    missing = [key for key, value in batch.items() if value is None]
-    try:
-        out = metric(logits, batch)
-    except Exception as error:
-        lacks = f" (these pairs have no {' and no '.join(missing)})" if missing else ""
+def check_runs(metric: Metric, model: Model, base: np.ndarray, source: np.ndarray | None) -> None:
+    """Refuse unpatched runs whose metric is no finite number: nothing can be measured against them. MetricError."""
+    for runs in (base, source):
+        if runs is None or np.isfinite(runs).all():
+            continue
+        pair = int(np.flatnonzero(~np.isfinite(runs))[0])
+        found = "NaN" if np.isnan(runs[pair]) else f"{runs[pair]}"
         raise MetricError(
-            f"metric {name} fails on logits [row, d_vocab] = {list(logits.shape)}{lacks}: {error}"
-        ) from error
-    if not isinstance(out, torch.Tensor) or out.shape != (rows,):
-        got = f"shape {list(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
-        raise MetricError(f"metric {name} returned {got}; it must return one number per row, shape [row] = [{rows}]")
-    if gradient and not out.requires_grad:
-        raise MetricError(f"metric {name} has no gradient, so nothing can be attributed; use `patch`, or log_prob")
-    if out.isnan().any():
-        raise MetricError(f"metric {name} returned NaN on finite logits; shape {list(out.shape)}")
+            f"metric {name_of(metric)!r} gave {found} on this model's logits (dtype {model.dtype}, pair {pair}); "
+            "check the model for overflow, or the metric"
+        )
+
+
+def check_cells(metric: Metric, model: Model, values: np.ndarray, cells: Sequence[tuple[int, int]]) -> None:
+    """Refuse cells (cell, pair) that are NaN, and warn once of infinite ones. MetricError."""
+    found = values[tuple(np.array(cells, dtype=int).reshape(-1, 2).T)]
+    if np.isnan(found).any():
+        raise MetricError(
+            f"metric {name_of(metric)!r} gave NaN on this model's logits (dtype {model.dtype}); "
+            "check the model for overflow, or the metric"
+        )
+    if infinite := int(np.isinf(found).sum()):
+        warnings.warn(
+            f"metric {name_of(metric)!r} is infinite in {infinite} of {len(found)} patched runs: means over them are infinite "
+            "too; use a metric that stays finite, such as log_prob in place of log(prob)",
+            stacklevel=4,
+        )
 
 
 def provenance(model: Model, encoded: EncodedPairs, pairs: PromptPairs | None, **more: Any) -> dict[str, Any]:
@@ -128,6 +116,7 @@ def run_plan(
     noise: Noise | None = None,
     reference: Any = "source",
     details: Mapping[str, Any] | None = None,
+    rounding: float | None = None,
 ) -> Effects:
     """Every cell of a plan on every pair, as `Effects`. All methods that patch come through here.
 
@@ -136,6 +125,7 @@ def run_plan(
         noise: on the base run's embeddings.
         reference: what stands in for cut edges, see `interp.engine.edges`.
         details: facts of the method, for provenance and for the identity of a checkpoint.
+        rounding: what `check_metric` said of this metric, where the caller has asked already.
     """
     encoded = model.encode(pairs)
     check_direction(direction, encoded, needs_source)
@@ -147,7 +137,8 @@ def run_plan(
         )
     begun = read_identity(checkpoint)  # what was begun goes on with the same chunks
     schedule = choose_schedule(model, begun.get("schedule", schedule) if schedule == "auto" else schedule)
-    check_metric(metric, encoded, model.vocab_size)
+    if rounding is None:
+        rounding = check_metric(metric, encoded, model.vocab_size, dtype=model.dtype)
     context = replace(context_of(model, encoded, direction, resolved, schedule), noise=noise, reference=reference)
     details = dict(details or {})
     budget = max_tokens or begun.get("budget") or token_budget(model)
@@ -162,7 +153,8 @@ def run_plan(
     facts = {
         "method": method,
         "plan": resolved.spec,
-        "metric": getattr(metric, "__name__", repr(metric)),
+        "metric": name_of(metric),
+        "metric_rounding": rounding,
         "direction": direction,
         "schedule": schedule,
         "budget": budget,
@@ -236,13 +228,8 @@ def run_job(
         notes = run_chunks(model, job, metric, place, checkpoint)
     for number, pair in job.untouched:
         values[number, pair] = base[pair]
-    bad = np.isnan(base).any() or (source is not None and np.isnan(source).any())
-    cells = [(row.cell, row.pair) for chunk in job.chunks for row in chunk.rows]
-    if bad or any(np.isnan(values[cell, pair]) for cell, pair in cells):
-        raise MetricError(
-            f"metric {getattr(metric, '__name__', metric)!r} gave NaN on this model's logits (dtype {model.dtype}); "
-            "check the model for overflow, or the metric"
-        )
+    check_runs(metric, model, base, source)
+    check_cells(metric, model, values, [(row.cell, row.pair) for chunk in job.chunks for row in chunk.rows])
     return base, source, values, notes
 
 

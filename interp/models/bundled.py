@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from ..errors import ModelNotFoundError
+from ..files import path_of
 from .conversion import convert, damage
 from .packages import BUNDLED
 
@@ -18,14 +19,14 @@ from .packages import BUNDLED
 def cache_root() -> Path:
     """The folder that holds converted models: `INTERP_CACHE`, or `interp` in the platform's user cache."""
     if given := os.environ.get("INTERP_CACHE"):
-        return Path(given).expanduser()
+        return path_of(given, ModelNotFoundError, "INTERP_CACHE")
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
         base = "~/Library/Caches"
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "interp"
+    return path_of(base, ModelNotFoundError, "the user's cache") / "interp"
 
 
 def ensure_bundled(name: str, *, progress: bool = True, accept_license: bool = False) -> Path:

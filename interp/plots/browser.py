@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import PlotError
+from ..files import path_of
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATIENCE = 180.0  # s that one answer, or a page that draws itself, may take
@@ -31,7 +32,7 @@ _PIPES = 'exec "$0" "$@" 3</dev/fd/{} 4>/dev/fd/{}'
 def find_chromium() -> str | None:
     """Path of a Chromium: $INTERP_CHROMIUM, else the first of `BROWSERS` on the PATH, else None."""
     if chosen := os.environ.get("INTERP_CHROMIUM"):
-        return shutil.which(chosen)
+        return shutil.which(str(path_of(chosen, PlotError, "INTERP_CHROMIUM")))
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 

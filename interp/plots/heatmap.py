@@ -238,6 +238,9 @@ def _subtitle(view: _View) -> str:
     base, source = ("corrupted", "clean") if effects.direction == "denoising" else ("clean", "corrupted")
     above = f"1: became the {source} run." if view.normalized else "above 0: the metric rose."
     gaps = " Hatched: no such cell." if bool(view.values.isnull().all("pair").any()) else ""
+    cells = [dim for dim in view.values.dims if dim != "pair"]
+    if lost := int((view.shown.isnull().all(cells) & view.values.notnull().any(cells)).sum()):
+        gaps += f" {lost} of {pairs} pairs are left out: their two runs differ by rounding only."
     return f"{' · '.join(parts)}\n0: as the {base} run, unpatched; {above}{gaps}"
 
 

@@ -22,8 +22,8 @@ from bokeh.models.ui.ui_element import UIElement
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
-from ..effects import write_atomically
 from ..errors import PlotError
+from ..files import path_of, write_atomically
 from .browser import Browser
 from .labels import extent, plain
 
@@ -93,7 +93,7 @@ class Figure:
         Raises:
             PlotError: another suffix, a place that cannot be written, or no browser for a .png.
         """
-        path = Path(path)
+        path = path_of(path, PlotError)
         if path.suffix not in (".html", ".png"):
             raise PlotError(f"cannot save a figure as {path.name!r}: the suffix must be .html or .png")
         data = self.html().encode() if path.suffix == ".html" else self.png()

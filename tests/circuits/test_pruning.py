@@ -14,7 +14,7 @@ import interp
 from interp import PromptPairs
 from interp.circuits import Circuit, greedy, iterative_pruning, pruning
 from interp.engine.run import run_plan
-from interp.errors import CheckpointError, CircuitError
+from interp.errors import AnswerError, CheckpointError, CircuitError
 
 from ..families import count_forwards, loaded, oracle_of, words
 from ..oracle.edges import senders
@@ -246,9 +246,12 @@ def test_what_cannot_be_pruned_is_refused_before_the_model_runs() -> None:
         ({"pairs": pairs, "components": ()}, "components"),
         ({"pairs": pairs, "components": "neuron"}, r"components \['neuron'\]"),
         ({"pairs": pairs, "ahead": 0}, "ahead=0"),
-        ({"prompt": pairs.clean[0], "answer_tokens": "John"}, r"answer_tokens='John'; give \[right, wrong\]"),
     ]:
         with pytest.raises(CircuitError, match=message):
             iterative_pruning(model, **options)
+    with pytest.raises(AnswerError, match=r"answer_tokens='John'; give \[right, wrong\]"):
+        iterative_pruning(model, pairs.clean[0], "John")
+    with pytest.raises(AnswerError, match="'no such word' is not one token"):
+        iterative_pruning(model, pairs.clean[0], ["no such word"])  # before a mean is taken
     stop()
     assert not seen
