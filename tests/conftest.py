@@ -10,7 +10,9 @@ os.environ["PIP_NO_INDEX"] = "1"  # a test that lacks the bundled model's packag
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import gc
 import shutil
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,8 +22,17 @@ if TYPE_CHECKING:
     from interp import Model
 
 
-# Test processes beside each other wait for one another where each has a thread per core.
-torch.set_num_threads(1)  # a second thread that spins makes tiny models ten times slower
+# Test processes beside each other wait for one another where each has a thread per core, and a second thread that
+# spins makes tiny models ten times slower. `make test-kernels` asks for two all the same.
+torch.set_num_threads(int(os.environ.get("INTERP_TEST_THREADS", "1")))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_collect() -> Iterator[None]:
+    """What was imported and loaded before is not searched for garbage again: the engine asks for that when it backs off."""
+    gc.collect()
+    gc.freeze()
+    yield
 
 
 @pytest.fixture(scope="session")

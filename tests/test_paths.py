@@ -42,11 +42,23 @@ def by_hand(
     family: str, pairs: PromptPairs, pair: int, direction: str, senders: Sequence[str], ends: Sequence[str], mlps: bool
 ) -> tuple[float, float]:
     """The logit difference of three passes with hooks, and what may separate an equal one from it."""
+    return cells_by_hand(family, pairs, pair, direction, [(senders, ends)], mlps)[0]
+
+
+def cells_by_hand(
+    family: str,
+    pairs: PromptPairs,
+    pair: int,
+    direction: str,
+    cells: Sequence[tuple[Sequence[str], Sequence[str]]],
+    mlps: bool,
+) -> list[tuple[float, float]]:
+    """The same for each of several (senders, receivers)."""
     base, source = pairs.clean[pair], pairs.corrupted[pair]
     if direction == "denoising":
         base, source = source, base
-    logits = edges.path(oracle_of(family), base, source, senders, ends, through_mlps=mlps)[-1]
-    return difference(logits, pair), allowed(logits)
+    logits = edges.paths(oracle_of(family), base, source, cells, through_mlps=mlps)[:, -1]
+    return [(difference(row, pair), allowed(row)) for row in logits]
 
 
 def difference(logits: Tensor, pair: int) -> float:
@@ -59,19 +71,20 @@ def check(effects: Effects, family: str, pairs: PromptPairs, direction: str, mlp
     ends = list(effects.values["receiver"].values)
     assert effects.values.dims == ("sender", "receiver", "pair")
     worst, moved = 0.0, dict.fromkeys((*senders, *ends), 0.0)
-    for sender in senders:
-        for end in ends:
-            cell = effects.values.sel(sender=sender, receiver=end)
-            if not edges.is_edge(oracle_of(family), sender.split("@")[0], end.split("@")[0]):
-                assert cell.isnull().all(), (sender, end)
-                continue
-            for pair in only:
-                want, tolerance = by_hand(family, pairs, pair, direction, [sender], [end], mlps)
-                error = abs(float(cell[pair]) - want) / tolerance
-                assert error <= 1, f"{sender} → {end}, pair {pair}: {float(cell[pair])}, by hand {want}"
-                worst = max(worst, error)
-                for name in (sender, end):
-                    moved[name] = max(moved[name], abs(want - float(effects.base[pair])))
+    every = [(sender, end) for sender in senders for end in ends]
+    oracle = oracle_of(family)
+    there = [(s, e) for s, e in every if edges.is_edge(oracle, s.split("@")[0], e.split("@")[0])]
+    for sender, end in set(every) - set(there):
+        assert effects.values.sel(sender=sender, receiver=end).isnull().all(), (sender, end)
+    for pair in only:
+        wanted = cells_by_hand(family, pairs, pair, direction, [([s], [e]) for s, e in there], mlps)
+        for (sender, end), (want, tolerance) in zip(there, wanted, strict=True):
+            got = float(effects.values.sel(sender=sender, receiver=end)[pair])
+            error = abs(got - want) / tolerance
+            assert error <= 1, f"{sender} → {end}, pair {pair}: {got}, by hand {want}"
+            worst = max(worst, error)
+            for name in (sender, end):
+                moved[name] = max(moved[name], abs(want - float(effects.base[pair])))
     assert min(moved.values()) > 2e-4, moved
     print(f"{family} {direction}: largest difference {worst:.2f} of what is allowed")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,14 +20,6 @@ from tests.families import EAGER, SUPPORTED, count_forwards, has, loaded
 from tests.oracle.configs import tiny
 
 PAIRS = PromptPairs([[5, 17, 40, 9, 33, 21]], [[5, 52, 40, 9, 12, 21]], [20], [30])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- right rows --------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def with_edge(
         if mixed is not None:
             kind, layer, alpha = mixed
             a, b = (oracle.read(prompt, kind, layer) for prompt in (ids, source_ids))
-            oracle._hook(stack, kind, layer, lambda _: a + alpha * (b - a))
+            oracle._hook(stack, kind, layer, lambda _: (a + alpha * (b - a))[None])
         _redirect(oracle, stack, receiver, lambda stream: stream + size * delta)
         return oracle.model(torch.tensor([list(ids)]), use_cache=False).logits[0]
 

@@ -54,19 +54,21 @@ class _DotProducts(TorchFunctionMode):
 
 
 @contextmanager
-def dot_products(oracle: Any, sites: Mapping[tuple[str, int], Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def dot_products(
+    oracle: Any, sites: Mapping[tuple[str, int], Callable[[Tensor], Tensor]], rows: int = 1
+) -> Iterator[None]:
     """While open, `oracle.model` runs with eager attention, its q_rot, k_rot and pattern changed by `sites`.
 
-    `sites` holds by (kind, layer) a function of the activation [position, head, …]; k_rot is by kv head.
+    `sites` holds by (kind, layer) a function of the activation [row, position, head, …]; k_rot is by kv head.
     """
 
     def at(layer: int, kind: str, old: Tensor) -> Tensor:
         if (kind, layer) not in sites:
             return old
-        by_head = old.reshape(-1, *old.shape[-2:]).transpose(0, 1)
-        repeats = by_head.shape[1] // oracle.n_kv_heads if kind == "k_rot" else 1
-        new = sites[kind, layer](by_head[:, ::repeats].contiguous())
-        return new.repeat_interleave(repeats, 1).transpose(0, 1).reshape(old.shape)
+        by_head = old.reshape(rows, -1, *old.shape[-2:]).transpose(1, 2)
+        repeats = by_head.shape[2] // oracle.n_kv_heads if kind == "k_rot" else 1
+        new = sites[kind, layer](by_head[:, :, ::repeats].contiguous())
+        return new.repeat_interleave(repeats, 2).transpose(1, 2).reshape(old.shape)
 
     mode = _DotProducts(at)
 

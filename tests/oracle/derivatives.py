@@ -20,7 +20,7 @@ def live_logits(oracle: Oracle, ids: Sequence[int], patches: Iterable[Patch] = (
     handle = oracle.model.register_forward_hook(lambda _, __, output: seen.append(output.logits[0]))
     try:
         with torch.enable_grad():
-            Oracle._forward.__wrapped__(oracle, ids, list(patches), {})  # type: ignore[attr-defined]
+            Oracle._forward.__wrapped__(oracle, ids, [list(patches)], {})  # type: ignore[attr-defined]
     finally:
         handle.remove()
     return seen[0]

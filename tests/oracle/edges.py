@@ -103,12 +103,49 @@ def path(
     other heads and MLPs are held at their base values (with `through_mlps`, MLPs are computed anew, as Wang
     et al. 2022 did), and what the receivers read is recorded. The third is the base run with those reads.
     """
+    return paths(oracle, ids, source_ids, [(start, end)], through_mlps)[0]
+
+
+def paths(
+    oracle: Oracle,
+    ids: Sequence[int],
+    source_ids: Sequence[int],
+    cells: Sequence[tuple[Iterable[str], Iterable[str]]],
+    through_mlps: bool = False,
+) -> Tensor:
+    """`path` for each of several (senders, receivers), [cell, position, d_vocab]: each cell is a row of every pass."""
     base, source = contributions(oracle, ids), contributions(oracle, source_ids)
-    held: dict[tuple[str, int], Tensor] = {("resid_pre", 0): base["embed"]}
-    for layer in range(oracle.n_layers):
-        held["attn_out", layer] = oracle.read(ids, "attn_out", layer)
-        if not through_mlps:
-            held["mlp_out", layer] = base[f"L{layer}.mlp"]
+    attention = oracle.reads(ids, [("attn_out", layer) for layer in range(oracle.n_layers)])
+    frozen = [_frozen(base, source, attention, start, through_mlps) for start, _ in cells]
+    ends = [[_read_by(oracle, receiver) for receiver in end] for _, end in cells]
+    seen = oracle.reads_rows(ids, {(kind, layer) for end in ends for kind, layer, *_ in end}, frozen)
+    written = [
+        [Patch(kind, layer, seen[kind, layer][row], *where) for kind, layer, *where in end]
+        for row, end in enumerate(ends)
+    ]
+    return oracle.run_rows(ids, written)
+
+
+def _read_by(oracle: Oracle, receiver: str) -> tuple[str, int, tuple[int, ...] | None, int | None]:
+    """What a receiver reads: kind, layer, positions and head."""
+    node = _parse(receiver)
+    rows = None if node["position"] is None else (node["position"],)
+    if receiver.startswith("logits"):
+        return "resid_post", oracle.n_layers - 1, rows, None
+    return node["qkv"] or "mlp_in", node["layer"], rows, node["head"]
+
+
+def _frozen(
+    base: dict[str, Tensor],
+    source: dict[str, Tensor],
+    attention: dict[tuple[str, int], Tensor],
+    start: Iterable[str],
+    through_mlps: bool,
+) -> list[Patch]:
+    """The writes of the second pass: senders as in the source run, all other heads and MLPs as in the base run."""
+    held: dict[tuple[str, int], Tensor] = {("resid_pre", 0): base["embed"], **attention}
+    if not through_mlps:
+        held |= {("mlp_out", layer): base[f"L{layer}.mlp"] for _, layer in attention}
     at_one: list[Patch] = []
     for sender in start:
         name, node = sender.split("@")[0], _parse(sender)
@@ -117,16 +154,7 @@ def path(
             continue
         site = ("resid_pre", 0) if name == "embed" else ("mlp_out" if node["mlp"] else "attn_out", node["layer"])
         held[site] = held.get(site, base[name]) + _at(source[name] - base[name], sender)
-    frozen = [*(Patch(kind, layer, value) for (kind, layer), value in held.items()), *at_one]
-    reads = []
-    for receiver in end:
-        node = _parse(receiver)
-        kind, layer = node["qkv"] or "mlp_in", node["layer"]
-        if receiver.startswith("logits"):
-            kind, layer = "resid_post", oracle.n_layers - 1
-        rows = None if node["position"] is None else (node["position"],)
-        reads.append(Patch(kind, layer, oracle.read(ids, kind, layer, frozen), rows, node["head"]))
-    return oracle.run(ids, reads)
+    return [*(Patch(kind, layer, value) for (kind, layer), value in held.items()), *at_one]
 
 
 def _parse(name: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The reference: one forward per patch on a HuggingFace model, with PyTorch hooks and nothing else.
+"""The reference: every patch a run of its own on a HuggingFace model, with PyTorch hooks and nothing else.
+
+Runs of one prompt may be rows of one forward pass (`run_rows`): each row is written on its own, and
+`test_rows_of_a_batch_are_runs_one_at_a_time` holds them to passes one at a time.
 
 Activations are those of one unpadded prompt: [position, d_model]; [position, head, d_head] for q, k, v,
 q_rot, k_rot, z; [position, head, d_model] for head_out; [head, query, key] for pattern; [position, d_mlp] for
@@ -63,7 +66,7 @@ class Patch:
 
 
 class Oracle:
-    """Reads and patches activations of a causal language model, one prompt and one forward at a time.
+    """Reads and patches activations of a causal language model, one prompt at a time and without padding.
 
     The model is copied, so that nothing else that is done to it touches the oracle (`copy_model=False`: hooks
     are put on the model itself and taken off again).
@@ -87,7 +90,11 @@ class Oracle:
 
     def run(self, ids: Sequence[int], patches: Iterable[Patch] = ()) -> Tensor:
         """Logits [position, d_vocab] in fp32 of one prompt, with the patches written."""
-        return self._forward(ids, list(patches), {})
+        return self.run_rows(ids, [patches])[0]
+
+    def run_rows(self, ids: Sequence[int], rows: Sequence[Iterable[Patch]]) -> Tensor:
+        """Logits [row, position, d_vocab] of as many runs of one prompt, each with its own patches."""
+        return self._forward(ids, [list(patches) for patches in rows], {})
 
     def read(self, ids: Sequence[int], kind: str, layer: int = 0, patches: Iterable[Patch] = ()) -> Tensor:
         """The activation at a site in the run of `ids` (with other patches written, where given).
@@ -95,9 +102,21 @@ class Oracle:
         Raises:
             LookupError: the architecture has no such site.
         """
-        seen: dict[tuple[str, int], Tensor] = {(kind, layer): torch.empty(0)}
-        self._forward(ids, list(patches), seen)
-        return seen[kind, layer].transpose(0, 1) if kind == "pattern" else seen[kind, layer]
+        return self.reads(ids, [(kind, layer)], patches)[kind, layer]
+
+    def reads(
+        self, ids: Sequence[int], sites: Iterable[tuple[str, int]], patches: Iterable[Patch] = ()
+    ) -> dict[tuple[str, int], Tensor]:
+        """What `read` gives for several (kind, layer), in one run."""
+        return {site: rows[0] for site, rows in self.reads_rows(ids, sites, [patches]).items()}
+
+    def reads_rows(
+        self, ids: Sequence[int], sites: Iterable[tuple[str, int]], rows: Sequence[Iterable[Patch]]
+    ) -> dict[tuple[str, int], Tensor]:
+        """The same of as many runs of one prompt, each with its own patches: the row is the first axis."""
+        seen = {site: torch.empty(0) for site in sites}
+        self._forward(ids, [list(patches) for patches in rows], seen)
+        return {site: value.transpose(1, 2) if site[0] == "pattern" else value for site, value in seen.items()}
 
     def patched(
         self,
@@ -149,80 +168,84 @@ class Oracle:
         return torch.tensor(rows)
 
     @torch.no_grad()
-    def _forward(self, ids: Sequence[int], patches: list[Patch], seen: dict[tuple[str, int], Tensor]) -> Tensor:
-        """Run with every patch written; sites that are keys of `seen` get what they hold after the writes."""
-        sites = {(p.kind, p.layer) for p in patches} | set(seen)
+    def _forward(self, ids: Sequence[int], rows: list[list[Patch]], seen: dict[tuple[str, int], Tensor]) -> Tensor:
+        """Run a prompt once per row, every row's patches written; keys of `seen` get what they hold after the writes."""
+        writes: dict[tuple[str, int], list[tuple[int, Patch]]] = {}
+        for row, patches in enumerate(rows):
+            for patch in patches:
+                writes.setdefault((patch.kind, patch.layer), []).append((row, patch))
+        sites = set(writes) | set(seen)
         with ExitStack() as stack:
 
             def rewrite(kind: str, layer: int, old: Tensor) -> Tensor:
-                new = old
-                for patch in patches:
-                    if (patch.kind, patch.layer) == (kind, layer):
-                        new = patch.apply(new)
+                new = list(old)
+                for row, patch in writes.get((kind, layer), ()):
+                    new[row] = patch.apply(new[row])
                 if (kind, layer) in seen:
-                    seen[kind, layer] = new.clone()  # later modules may write in place
-                return new
+                    seen[kind, layer] = torch.stack(new)
+                return torch.stack(new)  # of its own: later modules may write in place
 
             if any(kind in DOT_PRODUCT_KINDS for kind, _ in sites):
                 here = {site: partial(rewrite, *site) for site in sites if site[0] in DOT_PRODUCT_KINDS}
-                stack.enter_context(dot_products(self, here))
+                stack.enter_context(dot_products(self, here, len(rows)))
             for kind, layer in sorted(sites):
                 if kind not in DOT_PRODUCT_KINDS:
-                    self._hook(stack, kind, layer, partial(rewrite, kind, layer))
-            logits = self.model(torch.tensor([list(ids)], device=self.model.device), use_cache=False).logits
-        return logits[0].float()
+                    self._hook(stack, kind, layer, partial(rewrite, kind, layer), len(rows))
+            logits = self.model(torch.tensor([list(ids)] * len(rows), device=self.model.device), use_cache=False).logits
+        return logits.float()
 
-    def _hook(self, stack: ExitStack, kind: str, layer: int, change: Callable[[Tensor], Tensor]) -> None:
-        """Put one site's hook on the model; `change` sees the activation, positions as its first axis."""
+    def _hook(
+        self, stack: ExitStack, kind: str, layer: int, change: Callable[[Tensor], Tensor], rows: int = 1
+    ) -> None:
+        """Put one site's hook on the model; `change` sees the activation of a batch, [row, position, …]."""
         names = self.names
+
+        def apart(t: Tensor, *shape: int) -> Tensor:
+            """[row, position, …], also where the module has put all rows' positions in one axis (OPT)."""
+            return t.reshape(rows, -1, *(shape or t.shape[-1:]))
+
         if kind in ("embed", "resid_pre", "resid_post"):
             module = self.model.get_input_embeddings() if kind == "embed" else self.blocks[layer]
-            self._edit(stack, module, "in" if kind == "resid_pre" else "out", lambda t: change(t[0])[None])
+            self._edit(stack, module, "in" if kind == "resid_pre" else "out", change)
         elif kind == "resid_mid":
             if names.parallel:
                 raise LookupError(f"no resid_mid in {self.config.model_type}: attention and MLP are parallel")
             # the norm's input is also the residual: a write in place reaches both
             module = self.part(layer, "mid")
-            self._edit(stack, module, "in", lambda t: t.copy_(change(self._rows(t).clone()).view(t.shape)))
+            self._edit(stack, module, "in", lambda t: t.copy_(change(apart(t).clone()).view(t.shape)))
         elif kind in ("attn_out", "mlp_out"):
             module, scale = self.part(layer, kind), self.scale
-            self._edit(stack, module, "out", lambda t: (change(self._rows(t) * scale) / scale).view(t.shape))
+            self._edit(stack, module, "out", lambda t: (change(apart(t) * scale) / scale).view(t.shape))
         elif kind in ("q", "k", "v"):
             index = columns(names, kind, self.n_heads, self.n_kv_heads, self.d_head)
 
             def write(t: Tensor) -> Tensor:
-                rows = self._rows(t).clone()
-                rows[:, index] = change(rows[:, index])
-                return rows.view(t.shape)
+                new = apart(t).clone()
+                new[..., index] = change(new[..., index])
+                return new.view(t.shape)
 
             self._edit(stack, self.part(layer, "qkv" if names.qkv else kind), "out", write)
         elif kind == "z":
-            shape = (-1, self.n_heads, self.d_head)
-            module = self.part(layer, "o")
-            self._edit(stack, module, "in", lambda t: change(t[0].reshape(shape)).reshape(t.shape))
+            shape = (self.n_heads, self.d_head)
+            self._edit(stack, self.part(layer, "o"), "in", lambda t: change(apart(t, *shape)).reshape(t.shape))
         elif kind == "head_out":
             matrix = output_matrix(self.part(layer, "o"), self.n_heads)
 
             def add(t: Tensor, z: Tensor) -> Tensor:
-                old = torch.einsum("phd,hdm->phm", z[0].reshape(-1, self.n_heads, self.d_head), matrix)
-                return t + (change(old) - old).sum(1)
+                old = torch.einsum("rphd,hdm->rphm", apart(z, self.n_heads, self.d_head), matrix)
+                return t + (change(old) - old).sum(2)
 
             handle = self.part(layer, "o").register_forward_hook(lambda _, args, output: add(output, args[0]))
             stack.callback(handle.remove)
         elif kind == "mlp_in":  # what the MLP reads, after its norm: no site, but paths end there
-            self._edit(stack, self.part(layer, "mlp"), "in", lambda t: change(self._rows(t)).view(t.shape))
+            self._edit(stack, self.part(layer, "mlp"), "in", lambda t: change(apart(t)).view(t.shape))
         elif kind in ("mlp_pre", "neuron"):
             if not names.down:
                 raise LookupError(f"no {kind} in {self.config.model_type}: its experts are fused")
             module = self.part(layer, "act" if kind == "mlp_pre" else "down")
-            self._edit(stack, module, "in", lambda t: change(self._rows(t)).view(t.shape))
+            self._edit(stack, module, "in", lambda t: change(apart(t)).view(t.shape))
         else:
             raise LookupError(f"no kind of site {kind!r}; the kinds are {KINDS}")
-
-    @staticmethod
-    def _rows(t: Tensor) -> Tensor:
-        """[position, feature] of a batch of one, whether or not the module dropped the batch axis (OPT)."""
-        return t.view(-1, t.shape[-1])
 
     @staticmethod
     def _edit(stack: ExitStack, module: nn.Module, side: str, change: Callable[[Tensor], Tensor]) -> None:
