@@ -42,6 +42,8 @@ class AuditReport:
         worst = sorted((f for f in self.findings if not f.ok), key=lambda f: -(f.error / (f.tolerance or 1e-30)))
         for finding in worst:
             said = f"{finding.what} at layer {finding.layer} is off by {finding.error:.3g} (allowed {finding.tolerance:.1g})"
+            if finding.what != "law" and finding.note and finding.error == float("inf"):
+                said = finding.note
             if finding.what == "law":
                 said = f"it does not hold that {LAWS[finding.kind]} ({finding.note or said.removeprefix('law ')})"
             out.setdefault(finding.kind, said)
@@ -127,11 +129,11 @@ def audit(model: Model, *, length: int = 9, layers: Sequence[int] | None = None)
     prompt, other = _prompt(model, length, 0), _prompt(model, length, 1)
     with _row_on_trial(model):
         plain = plain_run(model, prompt, gradients=True)
-        run = read_all(model, prompt)
-        findings: list[Finding] = [*_read_findings(model, prompt, plain, run)]
+        run, kinds, lost = read_all(model, prompt)
+        findings: list[Finding] = [*lost, *_read_findings(model, prompt, plain, run, kinds)]
         for layer in range(model.n_layers) if layers is None else layers:
-            findings += check_writes(model, prompt, other, layer, plain)
-        findings += [*check_embed(model, prompt, plain), *check_identity(model, prompt, plain)]
+            findings += check_writes(model, prompt, other, layer, plain, kinds)
+        findings += [*check_embed(model, prompt, plain), *check_identity(model, prompt, plain, kinds)]
         findings += [*check_padding(model, prompt), *check_laws(model, prompt, other, plain, run["reads"])]
     report = _report(model, findings)
     _refuse(model, report)
@@ -144,8 +146,8 @@ def check_reads(model: Model) -> AuditReport:
     prompt, other = _prompt(model, 5, 0), _prompt(model, 5, 1)
     with _row_on_trial(model):
         plain = plain_run(model, prompt, gradients=True)
-        run = read_all(model, prompt)
-        findings = [*_read_findings(model, prompt, plain, run)]
+        run, kinds, lost = read_all(model, prompt)
+        findings = [*lost, *_read_findings(model, prompt, plain, run, kinds)]
         findings += check_laws(model, prompt, other, plain, run["reads"])
         report = _report(model, findings)
     _refuse(model, report)

@@ -9,23 +9,38 @@ import torch
 from torch import Tensor
 
 from ..engine.reading import read
+from ..errors import AuditError
 from ..models.model import Model
 from ..models.views import at, mix_values
 from .parts import Finding, Parts, compare, kinds_of
 from .plain import Plain
 
 
-def read_all(model: Model, prompt: Sequence[int]) -> dict[str, Any]:
-    """One forward pass in which every site is read: {"reads": {(layer, kind): activation}, "logits": [1, d_vocab]}."""
-    kinds = (*kinds_of(model), "value", "mlp_in")
-    reads = [(layer, kind) for layer in range(model.n_layers) for kind in kinds]
-    return read(model, [prompt], [*reads, (-1, "embed")])
+def read_all(model: Model, prompt: Sequence[int]) -> tuple[dict[str, Any], list[str], list[Finding]]:
+    """One forward pass in which every site is read: {"reads": {(layer, kind): activation}, "logits": [1, d_vocab]}.
+
+    Also the kinds that could be read, and a finding on heads' outputs where an output projection is no affine map.
+    """
+    kinds, found = kinds_of(model), []
+
+    def run() -> dict[str, Any]:
+        reads = [(layer, kind) for layer in range(model.n_layers) for kind in (*kinds, "value", "mlp_in")]
+        return read(model, [prompt], [*reads, (-1, "embed")])
+
+    try:
+        return run(), kinds, found
+    except AuditError as error:
+        found.append(Finding("head_out", "read", 0, float("inf"), 0.0, str(error)))
+        kinds.remove("head_out")
+        return run(), kinds, found
 
 
 @torch.no_grad()
-def check_reads(model: Model, prompt: Sequence[int], plain: Plain, run: dict[str, Any]) -> Iterator[Finding]:
+def check_reads(
+    model: Model, prompt: Sequence[int], plain: Plain, run: dict[str, Any], kinds: Sequence[str]
+) -> Iterator[Finding]:
     """Every read at every layer against the model's own modules and its plain forward."""
-    kinds, layers = kinds_of(model), range(model.n_layers)
+    layers = range(model.n_layers)
     got: dict[tuple[int, str], Tensor] = run["reads"]
     ids = torch.tensor([list(prompt)], device=model.device)
     yield compare("logits", "read", model.n_layers, run["logits"], plain.logits, noise=plain.logits_noise)
@@ -58,10 +73,11 @@ def check_attention_reads(model: Model, parts: Parts, here: dict[str, Tensor]) -
     for kind in "qkv":
         yield compare(kind, "read", layer, here[kind], parts.projected(kind, x))
     yield compare("z", "read", layer, parts.attn_out(here["z"]), here["attn_out"])
-    o = at(parts.block, model.family.o)
-    summed = here["head_out"].sum(2) + o(torch.zeros_like(here["z"].flatten(2)))  # and the bias
-    wrote = parts.normed(model.family.post_attn, summed) * parts.branch
-    yield compare("head_out", "read", layer, wrote, here["attn_out"], beside=(here["head_out"],))
+    if "head_out" in here:
+        o = at(parts.block, model.family.o)
+        summed = here["head_out"].sum(2) + o(torch.zeros_like(here["z"].flatten(2)))  # and the bias
+        wrote = parts.normed(model.family.post_attn, summed) * parts.branch
+        yield compare("head_out", "read", layer, wrote, here["attn_out"], beside=(here["head_out"],))
     if "pattern" in here:
         pattern = here["pattern"]
         recomputed = ("q_rot", "k_rot") if model.family.pattern == "interface" else ()

@@ -9,7 +9,7 @@ import torch
 from ..engine.reading import entry, read
 from ..models.model import Model
 from ..models.views import at
-from .parts import Finding, compare, kinds_of
+from .parts import Finding, compare
 from .plain import Plain, logits_of, plain_run
 
 
@@ -34,9 +34,8 @@ def check_embed(model: Model, prompt: Sequence[int], plain: Plain) -> Iterator[F
 
 
 @torch.no_grad()
-def check_identity(model: Model, prompt: Sequence[int], plain: Plain) -> Iterator[Finding]:
+def check_identity(model: Model, prompt: Sequence[int], plain: Plain, kinds: Sequence[str]) -> Iterator[Finding]:
     """Patching a run with itself, at every layer at once, changes nothing."""
-    kinds = kinds_of(model)
     edits = [
         entry(layer, kind, "replace", 1 + row, source=0)
         for row, kind in enumerate(kinds)

@@ -12,17 +12,16 @@ from ..engine.reading import entry, read
 from ..models.model import Model
 from ..models.views import at, features, mix_values
 from ..sites import HEAD_KINDS, KV_KINDS
-from .parts import Finding, Parts, compare, kinds_of
+from .parts import Finding, Parts, compare
 from .plain import Plain, logits_from, moved_by
 from .reads import rounding_of_pattern
 
 
 @torch.no_grad()
 def check_writes(
-    model: Model, prompt: Sequence[int], other: Sequence[int], layer: int, plain: Plain
+    model: Model, prompt: Sequence[int], other: Sequence[int], layer: int, plain: Plain, kinds: Sequence[str]
 ) -> Iterator[Finding]:
     """Every kind of write at one layer, one grown row each; each is proved by what its consumer then did."""
-    kinds = kinds_of(model)
     last = layer == model.n_layers - 1
     base = read(model, [prompt], [(layer, kind) for kind in kinds], last=layer + 1)["reads"]
     place = len(prompt) // 2
@@ -166,7 +165,7 @@ class Trial:
         group = model.n_heads // model.n_kv_heads
         z = self.get("z", None)
         still = self.parts.attn_out(z)
-        for kind in ("z", "head_out"):
+        for kind in self.head_delta:
             step = torch.zeros_like(z)
             step[:, self.place, -1] = self.head_delta[kind]
             yield self.expect(kind, self.get("attn_out", kind), self.parts.attn_out(z + step), still)
