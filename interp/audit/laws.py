@@ -19,7 +19,7 @@ from ..engine.run import context_of
 from ..engine.trace import contributions, execute_gradients
 from ..errors import AuditError
 from ..models.model import Model
-from ..models.views import affine, at, features
+from ..models.views import affine, as_it_says, at, features, sizes
 from ..pairs import PromptPairs
 from .parts import TOLERANCE, Finding, Parts, compare
 from .plain import MOST, TIMES, Place, Plain, probe
@@ -39,6 +39,7 @@ def check_laws(
 ) -> Iterator[Finding]:
     """Every law, on two prompts of one length; `plain` is the first one's run, with gradients, `got` what was read in it."""
     yield from check_head(model, plain)
+    yield from check_backward(model)
     yield from check_receivers(model, plain, got)
     written = []
     for ids in (prompt, other):
@@ -72,6 +73,38 @@ def check_head(model: Model, plain: Plain) -> Iterator[Finding]:
         logits = torch.tanh(logits / cap) * cap
     got, want = logits[:, 0].to(plain.logits.dtype), plain.logits
     yield compare("head", "law", model.n_layers, got, want, noise=plain.logits_noise)
+
+
+def check_backward(model: Model) -> Iterator[Finding]:
+    """Layers that are no plain projection: autograd through one of each class is how its output moves with its input."""
+    seen: set[type] = set()
+    for name, module in model.hf.named_modules():
+        if not hasattr(module, "in_features") or as_it_says(module) or type(module) in seen:
+            continue
+        seen.add(type(module))
+        for length in (1, 5):  # some take another kernel for one row
+            generator = torch.Generator().manual_seed(length)
+            x, step = (torch.randn(1, length, sizes(module)[1], generator=generator) for _ in range(2))
+            x, step = x.to(model.device, model.dtype), 0.1 * step.to(model.device, model.dtype)
+            leaf = x.clone().requires_grad_(True)
+            try:
+                out = module(leaf)
+                by_out = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+                (gradient,) = torch.autograd.grad(out, leaf, by_out)
+            except (RuntimeError, NotImplementedError) as error:
+                said = f"{type(module).__name__} {name}: {str(error).strip().splitlines()[0]}"
+                yield Finding("backward", "law", 0, float("inf"), 0.0, said)
+                return
+            with torch.no_grad():
+                moved = (module(x + step) - module(x)).double()
+            got, want = (gradient.double() * step.double()).sum(), (by_out.double() * moved).sum()
+            scale = by_out.double().norm() * moved.norm()
+            allowed = 0.1 * float(
+                scale
+            )  # a quantised layer moves in steps; one without a derivative is off by as much as moves
+            off = float((got - want).abs())
+            note = "" if off <= allowed else f"autograd through {type(module).__name__} {name} is not its derivative"
+            yield Finding("backward", "law", 0, float("inf") if note else off, allowed, note)
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def add_noise(x: Tensor, noise: dict[str, Any]) -> Tensor:
     """Embeddings `[row, position, d_model]` with noise made here from each token's own seed: nothing is shipped."""
     x = x.clone()
     for row, column, seed in noise["table"].tolist():
-        drawn = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
         x[row, column] += (noise["std"] * drawn).to(x.device, x.dtype)
     return x
 
