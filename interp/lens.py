@@ -256,11 +256,11 @@ def labelled(model: Model, pairs: PromptPairs, encoded: Any, by: str, groups: An
         coords[by] = range(size)
     sums = np.nansum(values, axis=tuple(range(values.ndim - 1)), dtype=np.float64)
     remainder = float(np.abs(sums - clean).max())
-    size = float(np.nansum(np.abs(values), axis=tuple(range(values.ndim - 1)), dtype=np.float64).max())
-    if not remainder <= 1024 * torch.finfo(model.dtype).eps * size:
+    most = float(np.nansum(np.abs(values), axis=tuple(range(values.ndim - 1)), dtype=np.float64).max())
+    if not remainder <= 1024 * torch.finfo(model.dtype).eps * most:
         raise AuditError(
             f"direct effects on {model.name} sum to another logit difference than the model's (off by {remainder:.3g} of "
-            f"parts as large as {size:.3g}): something writes to the stream, or scales the logits, that no part here "
+            f"parts as large as {most:.3g}): something writes to the stream, or scales the logits, that no part here "
             "stands for. model.audit() says which law does not hold"
         )
     record = provenance(

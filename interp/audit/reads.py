@@ -21,7 +21,8 @@ def read_all(model: Model, prompt: Sequence[int]) -> tuple[dict[str, Any], list[
 
     Also the kinds that could be read, and a finding on heads' outputs where an output projection is no affine map.
     """
-    kinds, found = kinds_of(model), []
+    kinds = kinds_of(model)
+    found: list[Finding] = []
 
     def run() -> dict[str, Any]:
         reads = [(layer, kind) for layer in range(model.n_layers) for kind in (*kinds, "value", "mlp_in")]
