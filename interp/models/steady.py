@@ -19,7 +19,7 @@ def steady(hf: torch.nn.Module) -> Iterator[None]:
     """Run a model here: one thread at a time, dropout off, gradients possible, outputs by name.
 
     The configuration's `return_dict` is changed, not the call: transformers' models ask it again inside, where no argument
-    reaches.
+    reaches. Vision models keep the shift of positions behind their last picture, and would add it where keys are cached.
     """
     with _MAKING:
         lock = _LOCKS.setdefault(hf, threading.RLock())
@@ -28,6 +28,10 @@ def steady(hf: torch.nn.Module) -> Iterator[None]:
         both: Any = hf.config
         configs = {id(config): config for config in (both, both.get_text_config())}.values()
         asked = [config for config in configs if getattr(config, "return_dict", True) is False]
+        shifts = {module: getattr(module, "rope_deltas", None) for module in (hf, getattr(hf, "base_model", hf))}
+        shifted = {module: shift for module, shift in shifts.items() if shift is not None}
+        for module in shifted:
+            module.rope_deltas = None
         for module in training:
             module.training = False
         for config in asked:
@@ -35,6 +39,8 @@ def steady(hf: torch.nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            for module, shift in shifted.items():
+                module.rope_deltas = shift
             for module in training:
                 module.training = True
             for config in asked:
