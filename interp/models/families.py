@@ -87,6 +87,8 @@ class Family:
     moe: bool = False
     joint_qk_norm: bool = False  # q and k are normalised over all heads together
     sinks: bool = False  # attention sinks: rows of the pattern sum to less than 1
+    #: the config attribute that says how many positions have an embedding; None where there is no such table
+    positions: str | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
     #: (config attribute, value, changes): the first that matches the model's config is applied
     variants: tuple[tuple[str, Any, Mapping[str, Any]], ...] = ()
@@ -197,6 +199,7 @@ FAMILIES: tuple[Family, ...] = (
         o="attn.c_proj",
         mlp_pre="mlp.c_fc",
         down="mlp.c_proj",
+        positions="max_position_embeddings",
     ),
     Family(
         "gpt_neo",
@@ -223,6 +226,7 @@ FAMILIES: tuple[Family, ...] = (
         down="mlp.c_proj",
         pattern="source",
         core_first=0,
+        positions="max_position_embeddings",
     ),
     Family(
         "gptj",
@@ -249,6 +253,7 @@ FAMILIES: tuple[Family, ...] = (
         down="mlp.fc_out",
         pattern="source",
         core_first=0,
+        positions="max_position_embeddings",
         **_PARALLEL,
     ),
     _NEOX,
@@ -313,6 +318,7 @@ FAMILIES: tuple[Family, ...] = (
         mlp="",
         mlp_pre="fc1",
         down="fc2",
+        positions="max_position_embeddings",
     ),
     Family(
         "bloom",
