@@ -248,6 +248,8 @@ def windows(request: Request, texts: Iterable[Any], bar: Any) -> Iterator[list[P
 def prompt_of(request: Request, number: int, ids: tuple[int, ...], string: bool) -> Prompt:
     """One text cut to length, with the positions that are collected."""
     ids = ids[: request.max_length]
+    limit = request.model.n_positions
+    request.model.check_length(f"text {number}", len(ids), f"cut texts with max_length={limit}, or split them")
     if request.positions is None:
         prefix = request.model.prefix_ids
         skip = len(prefix) if string and not request.keep_prefix and ids[: len(prefix)] == prefix else 0

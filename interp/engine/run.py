@@ -68,6 +68,7 @@ def provenance(model: Model, encoded: EncodedPairs, pairs: PromptPairs | None, *
         "revision": model.revision,
         "note": model.note,
         "family": model.family.name,
+        "n_layers": model.n_layers,
         "prefix": model.prefix,
         "versions": {name: version(name) for name in PACKAGES},
         "seed": current_seed(),

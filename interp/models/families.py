@@ -90,6 +90,8 @@ class Family:
     moe: bool = False
     joint_qk_norm: bool = False  # q and k are normalised over all heads together
     sinks: bool = False  # attention sinks: rows of the pattern sum to less than 1
+    #: the config attribute that says how many positions have an embedding; None where there is no such table
+    positions: str | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
     #: why a model cannot be used at all; a variant says so
     unsupported: str = ""
@@ -218,6 +220,7 @@ FAMILIES: tuple[Family, ...] = (
         o="attn.c_proj",
         mlp_pre="mlp.c_fc",
         down="mlp.c_proj",
+        positions="max_position_embeddings",
     ),
     Family(
         "gpt_neo",
@@ -244,6 +247,7 @@ FAMILIES: tuple[Family, ...] = (
         down="mlp.c_proj",
         pattern="source",
         core_first=0,
+        positions="max_position_embeddings",
     ),
     Family(
         "gptj",
@@ -270,6 +274,7 @@ FAMILIES: tuple[Family, ...] = (
         down="mlp.fc_out",
         pattern="source",
         core_first=0,
+        positions="max_position_embeddings",
         **_PARALLEL,
     ),
     _NEOX,
@@ -343,6 +348,7 @@ FAMILIES: tuple[Family, ...] = (
                 },
             ),
         ),
+        positions="max_position_embeddings",
     ),
     Family(
         "bloom",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import AuditError, SiteError, SiteUnavailableError
+from ..errors import AuditError, PairsError, SiteError, SiteUnavailableError
 from ..pairs import EncodedPairs, PromptPairs
 from ..sites import KINDS, KV_KINDS, MADE_FROM, Site
 from .families import Family
@@ -81,6 +81,13 @@ class Model:
         return int(self.taps["d_vocab"])
 
     @property
+    def n_positions(self) -> int | None:
+        """Tokens that a prompt may have, where each position has an embedding of its own; None where there is no such end."""
+        config = self.hf.config.get_text_config()
+        found = getattr(config, self.family.positions, None) if self.family.positions else None
+        return None if found is None else int(found)
+
+    @property
     def parallel(self) -> bool:
         """Whether attention and MLP of a block read the same stream."""
         return self.family.parallel
@@ -132,7 +139,22 @@ class Model:
 
     def encode(self, pairs: PromptPairs) -> EncodedPairs:
         """Token ids of prompt pairs, every answer checked to be one token. Raises PairsError, AnswerError."""
-        return pairs.encode(self.tokenizer, prefix_ids=self.prefix_ids, vocab_size=self.vocab_size)
+        encoded = pairs.encode(self.tokenizer, prefix_ids=self.prefix_ids, vocab_size=self.vocab_size)
+        for side, prompts in (("clean", encoded.clean), ("corrupted", encoded.corrupted or ())):
+            for pair, prompt in enumerate(prompts):
+                self.check_length(f"{side} of pair {pair}", len(prompt), "give a shorter prompt")
+        return encoded
+
+    def check_length(self, what: str, tokens: int, remedy: str) -> None:
+        """Refuse a prompt with more tokens than the model has positions for; on a GPU that would end the process's use of it.
+
+        Raises:
+            PairsError: it names the prompt, its length, the limit and the remedy.
+        """
+        if self.n_positions is not None and tokens > self.n_positions:
+            raise PairsError(
+                f"{what} has {tokens} tokens, but {self.name} has embeddings for {self.n_positions} positions; {remedy}"
+            )
 
     def heads_of(self, kind: str) -> int:
         """How many heads a kind of site has in each layer: key/value heads for k, v and k_rot."""

@@ -21,6 +21,7 @@ from bokeh.plotting import figure
 from bokeh.transform import transform
 
 from ..errors import PlotError
+from .given import head_of, labels_of, numbers, whole
 from .labels import told_apart, visible
 from .page import INK, MUTED, PAGE, Figure, color_scale, label_cells, panel, tooltip
 
@@ -77,7 +78,7 @@ def plot_attention(
     named = getattr(pattern, "coords", {})
     if tokens is None and "token" not in named:
         raise PlotError("plot_attention needs tokens, one label per position, for a pattern that brings none")
-    tokens = [str(token) for token in pattern["token"].values] if tokens is None else tokens
+    tokens = labels_of(pattern["token"].values if tokens is None else tokens)
     weights, layered = _weights(pattern, len(tokens))
     labels = [f"head {h}" for h in range(weights.shape[1])]
     layers = pattern["layer"].values.reshape(-1).tolist() if "layer" in named else list(range(weights.shape[0]))
@@ -90,8 +91,8 @@ def plot_attention(
     n = len(tokens)
     if not np.nan_to_num(weights[:, :, *np.triu_indices(n, 1)]).any():
         weights[:, :, *np.triu_indices(n, 1)] = np.nan
-    names = told_apart([visible(str(t)) for t in tokens])
-    full = [f"{i} “{visible(str(t), 200)}”" for i, t in enumerate(tokens)]
+    names = told_apart([visible(t) for t in tokens])
+    full = [f"{i} “{visible(t, 200)}”" for i, t in enumerate(tokens)]
     mapper = LinearColorMapper(palette=list(Blues256[::-1]), low=0, high=1, nan_color="rgba(0,0,0,0)")
     scale = color_scale(mapper, "attention weight")
     if weights.shape[0] == 1 and len(labels) <= SIDE_BY_SIDE:
@@ -108,14 +109,12 @@ def plot_attention(
 
 def _weights(pattern: Any, n: int) -> tuple[np.ndarray, bool]:
     """A float32 copy [layer, head, query, key], and whether the pattern had layers."""
-    if hasattr(pattern, "detach"):
-        pattern = pattern.detach().float().cpu().numpy()  # numpy has no bf16
     try:
-        weights = np.array(pattern, dtype=np.float32)
-    except (TypeError, ValueError):
+        weights = numbers("the pattern", pattern)
+    except PlotError as error:
         raise PlotError(
             f"plot_attention draws numbers, not a {type(pattern).__name__}: give interp.lens.attention_patterns(model, "
-            "prompt), or weights [head, query, key]"
+            f"prompt), or weights [head, query, key] ({error})"
         ) from None
     if weights.ndim not in (3, 4) or 0 in weights.shape:
         raise PlotError(f"a pattern is [head, query, key] or [layer, head, query, key], not of shape {weights.shape}")
@@ -131,13 +130,16 @@ def _choose(
     weights: np.ndarray, heads: Sequence[Any], layered: bool, layers: list[int]
 ) -> tuple[np.ndarray, list[str]]:
     count = weights.shape[1]
-    if not len(heads):
+    heads = heads.tolist() if hasattr(heads, "tolist") else heads
+    if not isinstance(heads, tuple | list):
+        raise PlotError(f"heads={heads!r}: give a list of indices, or of (layer, head)")
+    if not heads:
         raise PlotError("heads is empty: name at least one, or leave it out for all")
     pairs = [h for h in heads if isinstance(h, tuple | list)]
     if pairs and (len(pairs) < len(heads) or not layered or any(len(p) != 2 for p in pairs)):
         raise PlotError(f"heads={list(heads)}: give indices, or (layer, head) for a pattern [layer, head, query, key]")
     for h in heads:
-        layer, head = h if pairs else (layers[0], h)
+        layer, head = head_of("a head", h) if pairs else (layers[0], whole("a head", h))
         if not (layer in layers and 0 <= head < count):
             held = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
             raise PlotError(f"head {h} is out of range: the pattern has {held}, heads 0 to {count - 1}")

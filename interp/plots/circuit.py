@@ -27,6 +27,7 @@ from ..circuits import Circuit
 from ..circuits.nodes import node
 from ..errors import CircuitError, PlotError
 from .circuit_layout import Drawn, Layout, Patterns, drawn_edges, edge_source, node_names, node_source
+from .given import head_of
 from .page import FONT, INK, PAGE, Figure, color_scale, label_cells, panel, tooltip
 
 DEFAULT_SHOWN = 100
@@ -67,6 +68,8 @@ for (const j of nodes.selected.indices) {
 def plot_circuit_graph(
     circuit_or_heads: Circuit | Sequence[tuple[int, int]],
     *,
+    n_layers: int | None = None,
+    n_heads: int | None = None,
     patterns: Mapping[tuple[int, int], Any] | None = None,
     tokens: Sequence[str] | None = None,
     title: str | None = None,
@@ -80,17 +83,20 @@ def plot_circuit_graph(
 
     Args:
         circuit_or_heads: a circuit, or (layer, head) of each head in it.
+        n_layers, n_heads: of the model, so that a list of heads is drawn among all that it has; checked against a circuit.
         patterns: attention weights [query, key] by (layer, head), shown on a click on the head.
         tokens: labels of the patterns' positions; None: numbers.
         title: heading of the page; None: what the circuit says of itself.
         max_edges: the most edges to draw, the strongest ones.
 
     Raises:
-        PlotError: what is neither a circuit nor a list of heads, or patterns that do not fit.
+        PlotError: what is neither a circuit nor a list of heads, sizes or patterns that do not fit.
     """
     circuit = _circuit(circuit_or_heads)
-    beside = Patterns.of(patterns, tokens) if patterns else None
-    layout = Layout.of(circuit, PAGE - 60 - (beside.cell * len(beside.labels) + 130 if beside else 0))
+    none = patterns is None or (isinstance(patterns, Mapping) and not patterns)
+    beside = None if none else Patterns.of(patterns, tokens, circuit)
+    room = PAGE - 60 - (beside.cell * len(beside.labels) + 130 if beside else 0)
+    layout = Layout.of(circuit, room, n_layers, n_heads)
     of_nodes, edges = circuit.level == "node", drawn_edges(circuit, max_edges)
     mapper = _mapper(circuit.scores().values() if of_nodes else [edge.score for edge in edges])
     nodes = node_source(circuit, edges, layout, mapper, beside)
@@ -224,9 +230,8 @@ def _circuit(given: Any) -> Circuit:
     if isinstance(given, Circuit):
         return given
     try:
-        heads = [(int(layer), int(head)) for layer, head in given]
-        return Circuit.from_nodes(heads)
-    except (TypeError, ValueError, CircuitError) as error:
+        return Circuit.from_nodes([head_of("a head", head) for head in given])
+    except (TypeError, PlotError, CircuitError) as error:
         raise PlotError(f"neither a Circuit nor a list of (layer, head): {type(given).__name__}: {error}") from error
 
 

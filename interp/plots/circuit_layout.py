@@ -17,6 +17,7 @@ from bokeh.plotting import figure
 from ..circuits import Circuit
 from ..errors import PlotError
 from ..sites import Site
+from .given import check_sizes, head_of, labels_of, numbers
 from .labels import told_apart, visible
 from .page import INK, MUTED, label_cells, panel, tooltip
 
@@ -49,12 +50,17 @@ class Layout:
     up: float
 
     @classmethod
-    def of(cls, circuit: Circuit, width: float) -> Layout:
-        """A grid for a circuit in a frame of at most `width` px."""
-        sites = list(circuit.graph)
-        heads, layers = (max(getattr(s, name) or 0 for s in sites) + 1 for name in ("head", "layer"))
-        if circuit.facts:
-            heads, layers = circuit.facts.n_heads, circuit.facts.n_layers
+    def of(cls, circuit: Circuit, width: float, n_layers: Any = None, n_heads: Any = None) -> Layout:
+        """A grid for a circuit in a frame of at most `width` px, as large as the model where its sizes are known.
+
+        Raises:
+            PlotError: sizes that are not those of the circuit's model, or too small for it.
+        """
+        layers, heads = (max(getattr(s, name) or 0 for s in circuit.graph) + 1 for name in ("layer", "head"))
+        given, facts = {"n_layers": n_layers, "n_heads": n_heads}, circuit.facts
+        known = {name: getattr(facts, name, None) for name in given}
+        check_sizes("the circuit", given, known, {"n_layers": layers, "n_heads": heads})
+        layers, heads = known["n_layers"] or n_layers or layers, known["n_heads"] or n_heads or heads
         across = float(np.clip((width - 80) / heads, 15, 64))
         return cls(heads, layers, across, float(np.clip(680 / (layers + 1.5), 30, 74)))
 
@@ -212,21 +218,36 @@ class Patterns:
     labels: list[str]
 
     @classmethod
-    def of(cls, patterns: Mapping[tuple[int, int], Any], tokens: Sequence[str] | None) -> Patterns:
-        """Checked patterns. PlotError: not square, of different sizes, not as many as tokens, too many."""
-        arrays = []
-        for head, pattern in patterns.items():
-            if hasattr(pattern, "detach"):
-                pattern = pattern.detach().float().cpu().numpy()  # numpy has no bf16
-            arrays.append(np.array(pattern, dtype=np.float32))
-            n = arrays[0].shape[-1] if tokens is None else len(tokens)
-            if arrays[-1].shape != (n, n):
-                raise PlotError(f"the pattern of head {head} has shape {arrays[-1].shape}, not [query, key] ({n}, {n})")
-        if sum(a.size for a in arrays) > MAX_WEIGHTS:
-            raise PlotError(f"{len(arrays)} patterns of {arrays[0].shape} are too many for one page: give fewer heads")
-        labels = [str(i) for i in range(n)] if tokens is None else [visible(str(t)) for t in tokens]
-        heads = [(int(layer), int(head)) for layer, head in patterns]
-        return cls({head: i for i, head in enumerate(heads)}, np.stack(arrays), told_apart(labels))
+    def of(cls, patterns: Any, tokens: Any, circuit: Circuit) -> Patterns:
+        """Checked patterns of heads of a circuit.
+
+        Raises:
+            PlotError: no mapping, a key that is no head of the circuit, weights that are not square, of different sizes, not as
+                many as tokens, outside 0 to 1 or NaN, or too many; it names the head and the shape.
+        """
+        if not isinstance(patterns, Mapping):
+            raise PlotError(f"patterns is a {type(patterns).__name__}; give {{(layer, head): weights [query, key], …}}")
+        labels = None if tokens is None else labels_of(tokens)
+        arrays: dict[tuple[int, int], np.ndarray] = {}
+        for key, pattern in patterns.items():
+            head = head_of("a key of patterns", key)
+            if head not in circuit.heads:
+                raise PlotError(f"patterns has head {head}, which is not in the circuit; its heads are {circuit.heads}")
+            weights = numbers(f"the pattern of head {head}", pattern)
+            n = len(labels) if labels else next(iter(arrays.values()), weights).shape[-1:][0] if weights.ndim else 0
+            if weights.shape != (n, n) or not n:
+                wanted = f"({n}, {n})" if n and weights.ndim else "(n, n)"
+                raise PlotError(f"the pattern of head {head} has shape {weights.shape}, not [query, key] {wanted}")
+            if not (weights.min() >= -1e-3 and weights.max() <= 1 + 1e-3):  # false of NaN too
+                raise PlotError(
+                    f"the pattern of head {head}, shape {weights.shape}, has weights between {weights.min():.3g} and "
+                    f"{weights.max():.3g}, not 0 and 1: are these scores before softmax?"
+                )
+            arrays[head] = weights
+        if sum(a.size for a in arrays.values()) > MAX_WEIGHTS:
+            raise PlotError(f"{len(arrays)} patterns of {(n, n)} are too many for one page: give fewer heads")
+        named = [str(i) for i in range(n)] if labels is None else [visible(label) for label in labels]
+        return cls({head: i for i, head in enumerate(arrays)}, np.stack(list(arrays.values())), told_apart(named))
 
     @property
     def cell(self) -> float:

@@ -17,6 +17,7 @@ from bokeh.transform import transform
 
 from ..effects import Effects, bootstrap
 from ..errors import PlotError
+from .given import check_sizes
 from .labels import coordinate, extent, position_labels, visible
 from .page import INK, MUTED, PAGE, Figure, color_scale, label_cells, panel, tooltip
 
@@ -40,6 +41,7 @@ def plot_activation_patching_results(
     effects: Effects,
     components: str | Sequence[str] | None = None,
     *,
+    n_layers: int | None = None,
     normalized: bool | None = None,
     title: str | None = None,
 ) -> Figure:
@@ -49,13 +51,16 @@ def plot_activation_patching_results(
         effects: of a grid (layer × position, or named positions), of heads (layer × head), of units (the 30
             largest as bars), or of any two dimensions, such as (sender, receiver).
         components: which to draw, in this order; None: all.
+        n_layers: of the model; checked against the effects.
         normalized: True draws (patched − base) / (source − base), False draws patched − base in the metric's
             units, None the first where the effects have a source run, else the second.
         title: heading of the page; None: made from the provenance.
 
     Raises:
-        PlotError: an unknown component, more than two dimensions, or normalised values without a source run.
+        PlotError: an unknown component, another number of layers than the model's, more than two dimensions, or normalised
+            values without a source run.
     """
+    _check_layers(effects, n_layers)
     view = _view(effects, components, normalized)
     names = [str(name) for name in view.values["component"].values]
     axes = [str(d) for d in view.values.dims if d not in ("component", "pair")]
@@ -109,6 +114,16 @@ def _view(effects: Effects, components: str | Sequence[str] | None, normalized: 
     end = end if np.isfinite(end) and end > 0 else 1.0
     mapper = LinearColorMapper(palette=diverging(), low=-end, high=end, nan_color="#d9d9d9")
     return _View(effects, shown, values, normalized, mapper, max(3, 2 - math.floor(math.log10(end))))
+
+
+def _check_layers(effects: Effects, n_layers: int | None) -> None:
+    """Hold the number of layers against the model's, where the record says it, else against the layers that are there."""
+    values, record = effects.values, effects.provenance
+    here = [at for at in coordinate(values, "layer") if isinstance(at, int)] if "layer" in values.dims else []
+    least, known = max(here, default=-1) + 1, record.get("n_layers")
+    if known is None and here and (record.get("plan") or {}).get("layers") is None:
+        known = least  # nothing says that these are not all
+    check_sizes("the result", {"n_layers": n_layers}, {"n_layers": known}, {"n_layers": least})
 
 
 def _labels(view: _View, dim: str) -> tuple[list[str], list[str]]:

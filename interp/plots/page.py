@@ -6,6 +6,7 @@ Nothing here touches Bokeh's global state: no current document, no theme, no `ou
 from __future__ import annotations
 
 import html
+import json
 import math
 import os
 import sys
@@ -15,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bokeh.core.json_encoder import serialize_json
+from bokeh.document import Document
 from bokeh.embed import file_html
+from bokeh.embed.util import OutputDocumentFor
 from bokeh.models import AllLabels, BasicTicker, FixedTicker, LinearColorMapper, Range1d
 from bokeh.models.annotations import ColorBar, Title
 from bokeh.models.ui.ui_element import UIElement
@@ -87,6 +91,11 @@ class Figure:
             self.layout, Resources(mode="inline"), self.title, template=_TEMPLATE, template_variables=words
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as Bokeh's own JSON: its models hold functions, which cannot be."""
+        with OutputDocumentFor([self.layout], always_new=True) as document:
+            return _restored, (serialize_json(document.to_json(deferred=False)), self.title, self.subtitle)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a standalone .html page, or a .png of it through headless Chromium.
 
@@ -144,6 +153,14 @@ class Figure:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return {"text/html": self._repr_html_(), "text/plain": repr(self)}
+
+
+def _restored(document: str, title: str, subtitle: str) -> Figure:
+    """A figure from the JSON of a document that holds its layout alone."""
+    read = Document.from_json(json.loads(document))
+    layout = read.roots[0]
+    read.remove_root(layout)
+    return Figure(layout, title, subtitle)  # type: ignore[arg-type]
 
 
 def panel(x: tuple[float, float], y: tuple[float, float], width: int, height: int, title: str = "") -> figure:
