@@ -194,9 +194,7 @@ class Oracle:
             logits = self.model(torch.tensor([list(ids)] * len(rows), device=self.model.device), use_cache=False).logits
         return logits.float()
 
-    def _hook(
-        self, stack: ExitStack, kind: str, layer: int, change: Callable[[Tensor], Tensor], rows: int = 1
-    ) -> None:
+    def _hook(self, stack: ExitStack, kind: str, layer: int, change: Callable[[Tensor], Tensor], rows: int = 1) -> None:
         """Put one site's hook on the model; `change` sees the activation of a batch, [row, position, …]."""
         names = self.names
 
