@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .edges import all_edges, contributions, edges, path, receivers, senders
-from .test_oracle import CLEAN, CORRUPTED, assert_equal, every_family, oracle_of
+from .edges import all_edges, contributions, edges, path, paths, receivers, senders
+from .test_oracle import CLEAN, CORRUPTED, assert_equal, distinct_families, oracle_of
 
 EDGE_FAMILIES = (
     "gpt2",
@@ -22,7 +22,7 @@ EDGE_FAMILIES = (
 )
 
 
-@every_family
+@distinct_families
 def test_all_edges_cut_is_the_source_run(family: str) -> None:
     o = oracle_of(family)
     every, source = all_edges(o), o.run(CORRUPTED)
@@ -43,10 +43,11 @@ def test_each_edge_is_the_three_pass_path(family: str) -> None:
     chosen += [("L0.mlp", "L2.mlp"), ("L1.H3", "L2.H1.q"), ("L1.mlp", "logits"), ("L2.H2", "logits")]
     chosen += [("L0.H2@7", "L1.mlp"), ("L0.H2", "L2.H0.k@7")]
     chosen += [] if o.names.parallel else [("L1.H0", "L1.mlp")]
-    for sender, receiver in chosen:
-        one = edges(o, CLEAN, CORRUPTED, [(sender, receiver)])
-        assert_equal(one, path(o, CLEAN, CORRUPTED, [sender], [receiver]))
-        assert (one - base).abs().max() > 1e-3, (sender, receiver)
+    by_path = paths(o, CLEAN, CORRUPTED, [([sender], [receiver]) for sender, receiver in chosen])
+    for edge, logits in zip(chosen, by_path, strict=True):
+        one = edges(o, CLEAN, CORRUPTED, [edge])
+        assert_equal(one, logits)
+        assert (one - base).abs().max() > 1e-3, edge
     assert set(all_edges(o)) >= set(chosen[:8])
     same_layer = ("L1.H0", "L1.mlp") in all_edges(o)
     assert same_layer is not o.names.parallel
