@@ -37,12 +37,12 @@ class Local:
 
     def run(self, model: Any, programs: list[dict[str, Any]], metric: Metric, done: Done) -> None:
         """Every program in order; `done(index, metric [scored])` after each."""
-        with steady(model.hf):
+        with steady(model):
             execute(model.nn, model.taps, programs, metric, lambda index, found: done(index, found["metric"]))
 
     def call(self, model: Any, function: Callable[..., Any], *args: Any) -> Any:
         """`function(model.nn, *args)`."""
-        with steady(model.hf):
+        with steady(model):
             return function(model.nn, *args)
 
 

@@ -180,7 +180,7 @@ class Model:
         """Prove every tap of this model, read and write; a site that fails is refused from then on. See `interp.audit`."""
         from ..audit import audit
 
-        with steady(self.hf):
+        with steady(self):
             return audit(self, **options)
 
     def __repr__(self) -> str:
