@@ -21,7 +21,7 @@ from tests.families import loaded
 def test_rounding_of_the_run_covers_a_forward_in_double_precision(bundled: Model) -> None:
     """The stream of layer 11 reaches 20,000 at the first token; elsewhere it stays near 100, and so does what is allowed."""
     prompt = _prompt(bundled, 6, 0)
-    with steady(bundled.hf):
+    with steady(bundled):
         plain = plain_run(bundled, prompt)
     exact: list[Tensor] = []
     double = type(bundled.hf)(bundled.hf.config)
@@ -66,7 +66,7 @@ def test_a_row_that_depends_on_its_neighbour_fails_beside_an_activation_of_ten_t
     bundled: Model, size: float, fails: bool
 ) -> None:
     """0.02 was a tenth of what a share of the largest activation allowed."""
-    with steady(bundled.hf), disturbed(bundled, 12, -1, size):
+    with steady(bundled), disturbed(bundled, 12, -1, size):
         found = list(check_padding(bundled, _prompt(bundled, 9, 0)))
     failed = {finding.layer for finding in found if not finding.ok and finding.kind == "resid_post"}
     assert (11 in failed) == fails and all(layer >= 11 for layer in failed)  # what enters block 12
@@ -104,10 +104,10 @@ def test_rounding_is_of_the_model_and_not_of_the_run(family: str) -> None:
     """Measured twice it is the same, and in double precision there is less of it."""
     model = loaded(family)
     prompt = _prompt(model, 9, 0)
-    with steady(model.hf):
+    with steady(model):
         one, two = plain_run(model, prompt), plain_run(model, prompt)
     assert all(torch.equal(one.noise[place], two.noise[place]) for place in one.noise)
     assert 0 < float(one.logits_noise) < 1e-3
     double = loaded(family, dtype=torch.float64)
-    with steady(double.hf):
+    with steady(double):
         assert float(plain_run(double, prompt).logits_noise) < float(one.logits_noise) / 1e4
