@@ -12,7 +12,6 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import gc
 import shutil
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -28,11 +27,10 @@ torch.set_num_threads(int(os.environ.get("INTERP_TEST_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True, scope="module")
-def little_to_collect() -> Iterator[None]:
+def little_to_collect() -> None:
     """What was imported and loaded before is not searched for garbage again: the engine asks for that when it backs off."""
     gc.collect()
     gc.freeze()
-    yield
 
 
 @pytest.fixture(scope="session")

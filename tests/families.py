@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -12,7 +12,7 @@ import interp
 from interp import Model
 
 from .oracle.configs import D_VOCAB, FAMILIES, tiny
-from .oracle.hooks import KINDS, Oracle
+from .oracle.hooks import DOT_PRODUCT_KINDS, KINDS, Oracle
 
 #: Families of the oracle that the library must refuse, or parts of which its audit must refuse.
 UNSUPPORTED = ("glm4", "apertus", "persimmon")
@@ -64,6 +64,20 @@ def oracle_of(family: str, attention: str | None = None) -> Oracle:
     if attention is not None:
         hf.config._attn_implementation = attention
     return Oracle(hf, copy_model=False)
+
+
+@cache
+def _read_alike(
+    family: str, prompt: tuple[int, ...], dots: bool, attention: str | None
+) -> dict[tuple[str, int], Tensor]:
+    oracle = oracle_of(family, attention)
+    kinds = [kind for kind in has(family) if (kind in DOT_PRODUCT_KINDS) is dots]
+    return oracle.reads(prompt, [(kind, layer) for kind in kinds for layer in range(oracle.n_layers)])
+
+
+def activation(family: str, prompt: Sequence[int], kind: str, layer: int, attention: str | None = None) -> Tensor:
+    """What the oracle reads in the plain run of a prompt; not to be changed, as sites are read together and kept."""
+    return _read_alike(family, tuple(prompt), kind in DOT_PRODUCT_KINDS, attention)[kind, layer]
 
 
 def words(*lengths: int, seed: int = 0) -> list[list[int]]:

@@ -31,10 +31,12 @@ def model() -> interp.Model:
     return interp.load_model(hf, tokenizer=tokenizer)
 
 
-def run(name: str, model: interp.Model, arguments: list[str]) -> Path:
-    """What a recipe's main returns, on a model in place of the one it would load."""
+def run(name: str, model: interp.Model, arguments: list[str], pictures: bool = True) -> Path:
+    """What a recipe's main returns, on a model in place of the one it would load; without pictures, as without a browser."""
     module, patch = recipe(name), pytest.MonkeyPatch()
     patch.setattr(interp, "load_model", lambda *_, **__: model)
+    if not pictures:
+        patch.setenv("INTERP_CHROMIUM", "none")
     try:
         return module.main(arguments)
     finally:
@@ -54,7 +56,7 @@ def pruned(model: interp.Model, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """What prune_circuit wrote for every ablation."""
     out = tmp_path_factory.mktemp("recipes") / "prune"
     arguments = ["--threshold", "0.12", "--ablation", "zero", "mean", "resample", "--out", str(out)]
-    assert run("prune_circuit", model, arguments) == out
+    assert run("prune_circuit", model, arguments, pictures=False) == out
     return out
 
 
@@ -138,10 +140,10 @@ def test_pages_open_with_no_error_and_no_network(
 
 def test_a_prompt_of_ones_own_can_be_pruned(model: interp.Model, tmp_path: Path) -> None:
     arguments: list[Any] = ["--prompt", "They went to", "--answers", " Mary", " John", "--threshold", "100"]
-    run("prune_circuit", model, [*arguments, "--ablation", "mean", "--out", str(tmp_path)])
+    run("prune_circuit", model, [*arguments, "--ablation", "mean", "--out", str(tmp_path)])  # with its pictures
     assert "none left" in (tmp_path / "summary.md").read_text()
     assert torch.is_grad_enabled()
     with pytest.raises(SystemExit):
-        run("prune_circuit", model, [*arguments, "--ablation", "resample", "--out", str(tmp_path)])
+        run("prune_circuit", model, [*arguments, "--ablation", "resample", "--out", str(tmp_path)], pictures=False)
     with pytest.raises(SystemExit):
-        run("prune_circuit", model, ["--prompt", "They went to", "--out", str(tmp_path)])
+        run("prune_circuit", model, ["--prompt", "They went to", "--out", str(tmp_path)], pictures=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from interp import Effects, PromptPairs, log_prob, logit_diff, prob
 from interp.engine.forward import add_noise
 from interp.errors import PairsError, PlanError
 from interp.tracing import causal_trace, token_seed
-from tests.families import PARALLEL, allowed, loaded, oracle_of, words
+from tests.families import PARALLEL, activation, allowed, loaded, oracle_of, words
 from tests.oracle.hooks import Oracle, Patch
 
 ANSWERS, DISTRACTORS = (20, 41), (33, 12)
@@ -60,12 +61,12 @@ def test_against_hooks(family: str) -> None:
     for pair, prompt in enumerate(pairs.clean):
         want, tolerance = score(oracle.run(prompt), pair)
         assert float(effects.clean[pair]) == pytest.approx(want, abs=tolerance)
-        clean = {(kind, la): oracle.read(prompt, kind, la) for kind in kinds for la in range(model.n_layers)}
+        clean = {(kind, la): activation(family, prompt, kind, la) for kind in kinds for la in range(model.n_layers)}
         for sample in range(samples):
             noise = noise_of(oracle, effects, seed, sample, pair)
             noisy, _ = score(oracle.run(prompt, [noise]), pair)
             corrupted[pair] += noisy / samples
-            moved = dict.fromkeys(kinds, 0.0)
+            moved, cells = dict.fromkeys(kinds, 0.0), {}
             for kind in kinds:
                 for layer in [0] if kind == "embed" else range(model.n_layers):
                     around = [layer]
@@ -73,22 +74,32 @@ def test_against_hooks(family: str) -> None:
                         around = [la for la in (layer - 1, layer) if la >= 0]
                     for position in range(len(prompt)):
                         restored = [Patch(kind, la, clean[kind, la], (position,)) for la in around]
-                        want, tolerance = score(oracle.run(prompt, [noise, *restored]), pair)
-                        cell = effects.values.sel(component=kind, layer=layer, position=position, sample=sample)
-                        assert abs(float(cell[pair]) - want) <= tolerance, (kind, layer, position, sample, pair)
-                        moved[kind] = max(moved[kind], abs(want - noisy))
+                        cells[kind, layer, position] = (prompt, [noise, *restored])
+            for (kind, layer, position), logits in zip(cells, oracle.run_all(cells.values()), strict=True):
+                want, tolerance = score(logits, pair)
+                cell = effects.values.sel(component=kind, layer=layer, position=position, sample=sample)
+                assert abs(float(cell[pair]) - want) <= tolerance, (kind, layer, position, sample, pair)
+                moved[kind] = max(moved[kind], abs(want - noisy))
             assert min(moved.values()) > 0.001, moved
     assert torch.allclose(torch.from_numpy(effects.corrupted.values), corrupted, atol=1e-4)
     assert math.isnan(float(effects.values.sel(component="resid_post", position=7)[0, 0, 1]))
 
 
-@pytest.mark.parametrize("schedule", ["naive", "rows", "growing", "prefix"])
+@cache
+def traced(family: str, schedule: str, max_tokens: int | None) -> Effects:
+    """One trace by a schedule, at the first two of three layers."""
+    options: dict = {"samples": 2, "window": 1, "components": ["embed", "resid_pre", "mlp_out"], "metric": logit_diff}
+    return causal_trace(
+        loaded(family), subject_pairs(), layers=[0, 1], schedule=schedule, max_tokens=max_tokens, **options
+    )
+
+
+@pytest.mark.parametrize("schedule", ["rows", "growing", "prefix"])
 @pytest.mark.parametrize("family", ["gpt2", "falcon_alibi"])
 def test_schedules_agree(family: str, schedule: str) -> None:
     """Small chunks: noise on rows that start with the embedding, on copied rows, and below a cached prefix."""
-    options: dict = {"samples": 2, "window": 1, "components": ["embed", "resid_pre", "mlp_out"], "metric": logit_diff}
-    one = causal_trace(loaded(family), subject_pairs(), schedule="naive", **options)
-    other = causal_trace(loaded(family), subject_pairs(), schedule=schedule, max_tokens=50, **options)
+    one = traced(family, "naive", None)
+    other = traced(family, schedule, 50)
     assert other.provenance["schedule"] == schedule
     assert float(abs(one.values - other.values).max()) < 5e-5
     assert float(abs(one.corrupted - other.corrupted).max()) < 5e-5

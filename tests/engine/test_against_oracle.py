@@ -18,13 +18,14 @@ from tests.families import (
     HEAD_KINDS,
     SUPPORTED,
     UNIT_KINDS,
+    activation,
     allowed,
     has,
     loaded,
     oracle_of,
     words,
 )
-from tests.oracle.hooks import DOT_PRODUCT_KINDS, Oracle, Patch
+from tests.oracle.hooks import Oracle, Patch
 
 DIRECTIONS = ("noising", "denoising")
 #: One direction in forward passes as large as they come, the other in many small ones.
@@ -57,61 +58,46 @@ def unaligned() -> PromptPairs:
 class Loop:
     """The naive loop over the same pairs: one run of the oracle for each number."""
 
-    def __init__(self, family: str, oracle: Oracle, pairs: PromptPairs, direction: str) -> None:
-        self.family, self.oracle = family, oracle
+    def __init__(self, family: str, attention: str | None, pairs: PromptPairs, direction: str) -> None:
+        self.family, self.attention, self.oracle = family, attention, oracle_of(family, attention)
         sides = (pairs.clean, pairs.corrupted) if direction == "noising" else (pairs.corrupted, pairs.clean)
         self.base, self.source = sides
-        self.values: dict[tuple[int, bool], dict[tuple[str, int], Tensor]] = {}
-        self.noted: dict[tuple[int, bool], list[tuple[float, Patch, str]]] = {}
+        self.noted: list[tuple[float, int, Patch, str]] = []
         self.differences: dict[str, list[float]] = {}
         self.flipped: list[str] = []
         self.moved: dict[str, float] = {}
-        self.bases = [self.score(pair, oracle.run(self.base[pair])) for pair in (0, 1)]
+        self.bases = [self.score(pair, self.oracle.run(self.base[pair])) for pair in (0, 1)]
 
     def score(self, pair: int, logits: Tensor) -> tuple[float, float]:
         """The logit difference at the last position, and what may separate it from an equal one."""
         return float(logits[-1, ANSWERS[pair]] - logits[-1, DISTRACTORS[pair]]), allowed(logits[-1])
 
-    def value(self, pair: int, kind: str, layer: int) -> Tensor:
-        """An activation of the source run; all that are computed alike are read in one."""
-        dots = kind in DOT_PRODUCT_KINDS
-        if (pair, dots) not in self.values:
-            kinds = [kind for kind in has(self.family) if (kind in DOT_PRODUCT_KINDS) is dots]
-            sites = [(kind, layer) for kind in kinds for layer in range(self.oracle.n_layers)]
-            self.values[pair, dots] = self.oracle.reads(self.source[pair], sites)
-        return self.values[pair, dots][kind, layer]
-
     def check(self, got: float, pair: int, kind: str, layer: int, **where: object) -> None:
         """Note one number of the library; `compare` holds it to a run of the oracle."""
-        value, of = self.value(pair, kind, layer), where.pop("source_positions", None)
+        value = activation(self.family, self.source[pair], kind, layer, self.attention)
+        of = where.pop("source_positions", None)
         if of is not None:
             to = list(where["positions"])
             value, rows = torch.zeros(len(self.base[pair]), *value.shape[1:]), value[list(of)]
             value[to] = rows
         name = f"{kind} layer {layer} pair {pair} {where}"
-        noted = self.noted.setdefault((pair, kind in DOT_PRODUCT_KINDS), [])
-        noted.append((got, Patch(kind, layer, value, **where), name))
+        self.noted.append((got, pair, Patch(kind, layer, value, **where), name))
 
     def compare(self) -> None:
         """Compare what was noted with the oracle: a row of a forward pass for each number."""
-        for (pair, _), noted in self.noted.items():
-            for row, (got, patch, name) in zip(self.rows(pair, noted), noted, strict=True):
-                want, tolerance = self.score(pair, row)
-                if abs(got - want) > tolerance:  # alone, if rows beside it round another way
-                    want, tolerance = self.score(pair, self.oracle.run(self.base[pair], [patch]))
-                self.moved[patch.kind] = max(self.moved.get(patch.kind, 0.0), abs(want - self.bases[pair][0]))
-                error = abs(got - want) / tolerance
-                alone = partial(self.oracle.run, self.base[pair], [patch])
-                if not error <= 1 and routing_gap(self.oracle, alone) < 1e-4:
-                    self.flipped.append(name)
-                else:
-                    self.differences.setdefault(patch.kind, []).append(error)
-                    assert error <= 1, f"{name}: {got} where the loop gives {want} (allowed ±{tolerance:.1e})"
-
-    def rows(self, pair: int, noted: list[tuple[float, Patch, str]]) -> Iterator[Tensor]:
-        for start in range(0, len(noted), 128):
-            patches = [[patch] for _, patch, _ in noted[start : start + 128]]
-            yield from self.oracle.run_rows(self.base[pair], patches)
+        runs = self.oracle.run_all((self.base[pair], [patch]) for _, pair, patch, _ in self.noted)
+        for (got, pair, patch, name), logits in zip(self.noted, runs, strict=True):
+            alone = partial(self.oracle.run, self.base[pair], [patch])
+            want, tolerance = self.score(pair, logits)
+            if not abs(got - want) <= tolerance:  # alone, if the rows beside it round another way
+                want, tolerance = self.score(pair, alone())
+            self.moved[patch.kind] = max(self.moved.get(patch.kind, 0.0), abs(want - self.bases[pair][0]))
+            error = abs(got - want) / tolerance
+            if not error <= 1 and routing_gap(self.oracle, alone) < 1e-4:
+                self.flipped.append(name)
+            else:
+                self.differences.setdefault(patch.kind, []).append(error)
+                assert error <= 1, f"{name}: {got} where the loop gives {want} (allowed ±{tolerance:.1e})"
 
 
 def routing_gap(oracle: Oracle, run: Callable[[], Tensor]) -> float:
@@ -137,7 +123,7 @@ def routing_gap(oracle: Oracle, run: Callable[[], Tensor]) -> float:
 @contextmanager
 def compared(family: str, attention: str | None, pairs: PromptPairs, direction: str) -> Iterator[tuple[Model, Loop]]:
     """A model and its loop; at the end every kind must have moved something, and few rows be left out."""
-    loop = Loop(family, oracle_of(family, attention), pairs, direction)
+    loop = Loop(family, attention, pairs, direction)
     yield loaded(family, attention), loop
     loop.compare()
     worst, where = max((max(errors), kind) for kind, errors in loop.differences.items())

@@ -29,6 +29,8 @@ KINDS = (
 )  # fmt: skip
 #: Kinds that are taken from the dot product itself, which only eager attention spells out.
 DOT_PRODUCT_KINDS = ("q_rot", "k_rot", "pattern")
+#: How many rows `Oracle.run_all` puts into one forward pass at most.
+ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,20 @@ class Oracle:
     def run_rows(self, ids: Sequence[int], rows: Sequence[Iterable[Patch]]) -> Tensor:
         """Logits [row, position, d_vocab] of as many runs of one prompt, each with its own patches."""
         return self._forward(ids, [list(patches) for patches in rows], {})
+
+    def run_all(self, runs: Iterable[tuple[Sequence[int], Iterable[Patch]]]) -> list[Tensor]:
+        """`run` of each (prompt, patches), in their order; those of one prompt are rows of few forward passes."""
+        runs = [(tuple(ids), list(patches)) for ids, patches in runs]
+        alike: dict[tuple[tuple[int, ...], bool], list[int]] = {}
+        for number, (ids, patches) in enumerate(runs):
+            eager = any(patch.kind in DOT_PRODUCT_KINDS for patch in patches)
+            alike.setdefault((ids, eager), []).append(number)
+        found: dict[int, Tensor] = {}
+        for (ids, _), numbers in alike.items():
+            for start in range(0, len(numbers), ROWS):
+                some = numbers[start : start + ROWS]
+                found |= dict(zip(some, self.run_rows(ids, [runs[number][1] for number in some]), strict=True))
+        return [found[number] for number in range(len(runs))]
 
     def read(self, ids: Sequence[int], kind: str, layer: int = 0, patches: Iterable[Patch] = ()) -> Tensor:
         """The activation at a site in the run of `ids` (with other patches written, where given).
