@@ -68,7 +68,8 @@ def discover(
         Circuit with `scores()`; "acdc" has only the edges that stayed.
 
     Raises:
-        CircuitError, PairsError, MetricError: before the model runs.
+        CircuitError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model, or
+            their gradients are not autograd's (docs/architecture.md, "The laws of edges").
 
     Warns:
         UserWarning: the metric's gradient vanishes at the base run; "exact" or "acdc" will take long; the two prompts of

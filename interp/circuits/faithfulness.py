@@ -91,7 +91,7 @@ def evaluate_circuit(
         options: of `patch` (schedule, progress, max_tokens, checkpoint).
 
     Raises:
-        CircuitError, PairsError, MetricError: before the model runs.
+        CircuitError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model.
     """
     fractions = sorted(FRACTIONS if fractions is None else fractions)
     if not fractions or not 0 <= fractions[0] <= fractions[-1] <= 1:

@@ -142,7 +142,7 @@ def run_circuit(
             "positional_mean" (over the pairs' clean prompts, or `reference=` prompts), "zero".
 
     Raises:
-        CircuitError, PairsError, MetricError: before the model runs.
+        CircuitError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model.
     """
     prompts = options.pop("reference", None)
     reference = reference_of(model, pairs, ablation, prompts, metric)
