@@ -107,13 +107,6 @@ class Family:
                 row = replace(row, **changes)
         return row
 
-    @staticmethod
-    def number(config: Any, name: str) -> float:
-        """The factor that a configuration gives under a name such as "logit_scale" or "1/logits_scaling"; 1 for none."""
-        value = getattr(config, name.removeprefix("1/"), None) if name else None
-        number = 1.0 if value is None else float(value)
-        return 1 / number if name.startswith("1/") else number
-
 
 _LLAMA_QKV = _separate("self_attn")
 _LLAMA_CORE = _core("self_attn")

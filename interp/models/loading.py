@@ -174,6 +174,13 @@ def _masked(hf: Any) -> bool:
     return hf.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(hf.config, "is_decoder", False)
 
 
+def factor(config: Any, name: str) -> float:
+    """What a configuration multiplies with under a name such as "logit_scale" or "1/logits_scaling"; 1 for none."""
+    value = getattr(config, name.removeprefix("1/"), None) if name else None
+    number = 1.0 if value is None else float(value)
+    return 1 / number if name.startswith("1/") else number
+
+
 def make_taps(hf: Any, family: Family) -> dict[str, Any]:
     """The facts of one model as a plain dictionary: sizes read off its modules, paths from its family's row.
 
@@ -217,7 +224,7 @@ def make_taps(hf: Any, family: Family) -> dict[str, Any]:
         d_vocab=d_vocab,
         attention=getattr(config, "_attn_implementation", None),
         rotary=tuple(name for name, module in hf.named_modules() if rotates_by_length(module)),
-        branch=family.number(config, family.branch),
-        logit_scale=family.number(config, family.logit_scale),
+        branch=factor(config, family.branch),
+        logit_scale=factor(config, family.logit_scale),
     )
     return taps

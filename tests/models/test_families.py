@@ -9,7 +9,7 @@ import torch
 
 from interp.models.families import FAMILIES, Family, find_family
 from interp.models.infer import infer_family
-from interp.models.views import at, attention_pattern, features, matrix, mix_values, output_matrix, project_heads
+from interp.models.views import at, attention_pattern, features, mix_values, output_matrix, project_heads, sizes
 from interp.sites import KINDS
 from tests.families import EXPERTS, NO_ROTATED, PARALLEL, SUPPORTED, UNSUPPORTED, has, loaded, oracle_of, words
 from tests.oracle.configs import FAMILIES as CONFIGS
@@ -101,7 +101,8 @@ def test_heads_are_cut_out_of_projections_as_written_by_hand(family: str) -> Non
         assert torch.equal(ours, theirs), kind
     o = at(at(model.hf, model.family.layers)[1], model.family.o)
     assert torch.equal(
-        output_matrix(o, features(model.taps, "z")), oracle_output_matrix(oracle.part(1, "o"), oracle.n_heads)
+        output_matrix(o, features(model.taps, "z"), torch.zeros(1)),
+        oracle_output_matrix(oracle.part(1, "o"), oracle.n_heads),
     )
 
 
@@ -112,7 +113,7 @@ def test_the_parts_of_a_fused_projection_are_all_of_it_and_do_not_overlap(family
     parts = {kind: features(model.taps, kind).flatten() for kind in "qkv"}
     for path in set(model.family.qkv):
         here = torch.cat([parts[kind] for kind, own in zip("qkv", model.family.qkv, strict=True) if own == path])
-        assert sorted(here.tolist()) == list(range(matrix(at(block, path)).shape[0]))
+        assert sorted(here.tolist()) == list(range(sizes(at(block, path))[0]))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama_gqa", "phi3", "falcon_new", "bloom"])
