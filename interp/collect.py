@@ -230,9 +230,11 @@ def windows(request: Request, texts: Iterable[Any], bar: Any) -> Iterator[list[P
     model = request.model
     reader = Text(model.tokenizer, model.prefix_ids, model.vocab_size)
     prompts: list[Prompt] = []
-    full = 0
+    full, warned = 0, False
     with bar:
         for number, text in enumerate(prompts_of("text", texts)):
+            if not warned and (warned := reader.looks_padded(text)):
+                reader.warn_of_padding([f"text {number}"])
             prompt = prompt_of(request, number, reader.prompt("text", number, text), isinstance(text, str))
             if prompts and full + len(prompt.ids) > request.window_tokens:
                 yield prompts

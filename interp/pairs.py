@@ -165,10 +165,16 @@ class PromptPairs:
                 found twice, a prompt without tokens, or one behind whose text the tokenizer puts more, where no
                 answer position is given.
             AnswerError: an answer or distractor string that is not exactly one token, or one that is both.
+
+        Warns:
+            UserWarning: prompts of ids that begin or end with the padding token.
         """
         text = Text(tokenizer, tuple(prefix_ids), vocab_size)
         prompts = {"clean": self.clean} | ({} if self.corrupted is None else {"corrupted": self.corrupted})
         ids = {s: tuple(text.prompt(s, i, prompt) for i, prompt in enumerate(prompts[s])) for s in prompts}
+        text.warn_of_padding(
+            [f"{s} of pair {i}" for s in ids for i, p in enumerate(prompts[s]) if text.looks_padded(p)]
+        )
         labels = {side: tuple(tuple(map(text.label, row)) for row in ids[side]) for side in ids}
 
         def resolve(what: str, i: int, side: str, at: str | Tokens) -> Tokens:

@@ -5,6 +5,8 @@ Standard library and `errors` only: a tokenizer is any object that is called as 
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +116,26 @@ class Text:
                 f"{side} of pair {i}: the tokenizer puts {named} behind the text {prompt!r}, so that the answer would be read "
                 f"there; set tokenizer.add_eos_token=False, or give answer_positions={-1 - len(behind)} (-1 where this is "
                 "meant), or token ids"
+            )
+
+    def looks_padded(self, prompt: str | Tokens) -> bool:
+        """Whether ids begin or end with the padding token; one that also begins or ends texts must stand there twice."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        if isinstance(prompt, str) or pad is None:
+            return False
+        marks = {getattr(self.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")} | set(self.prefix)
+        ends = (pad,) * (2 if pad in marks else 1)
+        return prompt[: len(ends)] == ends or prompt[-len(ends) :] == ends
+
+    def warn_of_padding(self, padded: Sequence[str]) -> None:
+        """Say that prompts of ids look padded: without its mask padding is text like any other."""
+        if padded:
+            more = f" and {len(padded) - 1} more" if len(padded) > 1 else ""
+            warnings.warn(
+                f"{padded[0]}{more} begins or ends with the padding token {self.label(self.tokenizer.pad_token_id)!r}: ids are "
+                "taken as they are, so padding is run and read as text; give all that the tokenizer gave, whose attention_mask "
+                "tells the padding, or ids without it",
+                stacklevel=4,
             )
 
     def label(self, token: int) -> str:

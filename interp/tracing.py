@@ -19,6 +19,7 @@ from .engine.rows import Noise
 from .engine.run import run_plan
 from .engine.schedule import token_budget
 from .engine.trace import execute
+from .engine.trial import check_metric
 from .errors import PairsError, PlanError
 from .metrics import Metric, prob
 from .models.model import Model
@@ -75,6 +76,8 @@ def causal_trace(
     model.rests_on("causal_trace", "embed")
     encoded = model.encode(pairs)
     spans = subject_positions(encoded, subject)
+    doubled = twice(encoded, samples, pairs.name)
+    rounding = check_metric(metric, model.encode(doubled), model.vocab_size, dtype=model.dtype)
     std = embedding_std(model, encoded.clean, spans, options.get("max_tokens"))
     at = [
         tuple((position, token_seed(seed, sample, pair, position)) for position in spans[pair])
@@ -83,11 +86,12 @@ def causal_trace(
     ]
     effects = run_plan(
         model,
-        twice(encoded, samples, pairs.name),
+        doubled,
         grid(components, layers, positions),
         metric,
         "denoising",
         method="causal_trace",
+        rounding=rounding,
         rewrite=lambda resolved: in_windows(resolved, window, model.n_layers),
         noise=Noise(noise * std, tuple(at)),
         details={

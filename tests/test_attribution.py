@@ -233,8 +233,10 @@ def test_kl_has_no_gradient_at_the_clean_run_and_says_so() -> None:
         ):  # fmt: skip
             effects = attribute(model, pairs, plan, **options)
             assert np.nanmax(np.abs(change(effects))) > 1e-4
-        alike = PromptPairs([pairs.clean[0]] * 2, [pairs.clean[0], pairs.corrupted[0]], [20, 20], [33, 33])
+    alike = PromptPairs([pairs.clean[0]] * 2, [pairs.clean[0], pairs.corrupted[0]], [20, 20], [33, 33])
+    with pytest.warns(UserWarning, match="the same in pair 0") as seen:
         assert np.abs(change(attribute(model, alike, plan))[..., 0]).max() == 0  # nothing to tell, yet no vanishing
+    assert len(seen) == 1
     exact = interp.patch(model, pairs, plan, interp.kl)
     assert np.nanmax(change(exact)) > 0.01
 

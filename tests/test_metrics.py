@@ -305,6 +305,9 @@ METHODS: dict[str, Callable[[interp.Model, PromptPairs, Metric], Any]] = {
     "path_patch": lambda model, pairs, metric: interp.path_patch(model, pairs, ["L0.H0"], metric=metric),
     "ablate": lambda model, pairs, metric: interp.ablate(model, pairs, interp.grid("z"), metric=metric),
     "mean ablation": lambda model, pairs, metric: interp.ablate(model, pairs, interp.grid("z"), "mean", metric=metric),
+    "causal_trace": lambda model, pairs, metric: interp.causal_trace(
+        model, PromptPairs(pairs.clean, None, pairs.answers, positions={"subject": 1}), metric=metric
+    ),
     "attribute": lambda model, pairs, metric: interp.attribute(model, pairs, interp.grid("z"), metric),
     "discover": lambda model, pairs, metric: interp.discover(model, pairs, metric=metric),
     "acdc": lambda model, pairs, metric: interp.discover(model, pairs, "acdc", metric=metric),

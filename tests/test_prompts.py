@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -247,6 +248,34 @@ def test_references_may_be_encodings(model: interp.Model) -> None:
     want = interp.run_circuit(model, pairs, circuit, reference=TEXTS, **options)
     got = interp.run_circuit(model, pairs, circuit, reference=padded("left", "pt"), **options)
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def padded_ids(side: str = "left") -> Any:
+    return padded(side, "pt")["input_ids"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_without_its_mask_is_warned_of_once(side: str, model: interp.Model) -> None:
+    said = "clean of pair 0 begins or ends with the padding token '<pad>': ids are taken as they are"
+    with pytest.warns(UserWarning, match=said) as seen:
+        PromptPairs(padded_ids(side)).encode(tokenizer())
+    assert len(seen) == 1
+    with pytest.warns(UserWarning, match="clean of pair 0 and 1 more begins or ends"):
+        PromptPairs(padded_ids(side), padded_ids(side)).encode(tokenizer())
+    with pytest.warns(UserWarning, match="text 0 begins or ends with the padding token") as seen:
+        interp.collect_activations(model, torch.cat([padded_ids(side)] * 2), 1)
+    assert len(seen) == 1
+    ends = tokenizer()
+    ends.pad_token = ends.eos_token  # as GPT-2 is used: one may be the text's own beginning or end, two are padding
+    with pytest.warns(UserWarning, match="padding token '<eos>'"):
+        PromptPairs([[2, 2, 5, 6]]).encode(ends)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PromptPairs([[2, 5, 6, 2], [5, 2, 2, 6]]).encode(ends)
+        PromptPairs(padded(side, "pt")).encode(tokenizer())
+        PromptPairs(["<pad> the king <pad>"]).encode(tokenizer())
+        PromptPairs([[0, 5, 0]]).encode(None)
+        interp.collect_activations(model, padded(side, "pt"), 1)
 
 
 def test_answers_are_no_encodings() -> None:

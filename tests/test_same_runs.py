@@ -16,6 +16,7 @@ import xarray as xr
 
 import interp
 from interp import Effects, PromptPairs
+from interp.circuits.faithfulness import faithfulness_of
 from interp.engine.trial import check_metric
 from interp.errors import CircuitError, InterpError, PairsError
 from interp.plots import plot_activation_patching_results
@@ -210,6 +211,14 @@ def test_the_pairs_in_which_nothing_is_corrupted_are_named_in_one_warning(method
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         NEED[method][0](loaded("gpt2"), SOME[[1]])
+
+
+def test_faithfulness_has_no_scale_where_full_and_empty_differ_by_rounding() -> None:
+    full = np.array([1.0, 2.0])
+    for empty in (full, full + 1e-7):
+        with pytest.raises(CircuitError, match="faithfulness has no scale here"):
+            faithfulness_of(np.array([[1.0, 2.0]]), full, empty)
+    np.testing.assert_allclose(faithfulness_of(np.array([[1.0, 2.0]]), full, full + 1e-3), [1.0])
 
 
 def test_a_metric_that_is_flat_under_eap_ig_is_not_sent_to_eap_ig() -> None:

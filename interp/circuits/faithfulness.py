@@ -13,6 +13,7 @@ from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
 from ..models.model import Model
 from ..pairs import PromptPairs
+from ..spans import REST
 from .circuit import Circuit
 from .discovery import discover
 from .nodes import Facts, node
@@ -52,10 +53,10 @@ def faithfulness_of(values: np.ndarray, full: np.ndarray, empty: np.ndarray) -> 
     """(m(C) − m(∅)) / (m(full) − m(∅)) of means over pairs: values `[circuit, pair]` -> `[circuit]`.
 
     Raises:
-        CircuitError: full and empty model score the same, so there is nothing to be faithful to.
+        CircuitError: full and empty model score the same but for rounding, so there is nothing to be faithful to.
     """
     whole = full.mean() - empty.mean()
-    if abs(whole) < 1e-12:
+    if abs(whole) <= max(1e-12, REST * max(abs(full.mean()), abs(empty.mean()))):
         raise CircuitError(f"the full and the empty model both score {full.mean():.4g}; faithfulness has no scale here")
     return (values.mean(-1) - empty.mean()) / whole
 
