@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import ArchitectureError
-from .steady import evaluating
+from .steady import standing
 
 
 def unwrapped(module: Any) -> Any:
@@ -51,7 +51,7 @@ def refuse_more_than_layers(wrapper: Any, hf: Any) -> None:
         str(getattr(config.peft_type, "value", config.peft_type)) for config in wrapper.peft_config.values()
     )
     try:
-        with evaluating(wrapper):
+        with standing(wrapper):
             given, own = wrapper(input_ids=ids)[0], hf(input_ids=ids)[0]
     except (TypeError, ValueError) as error:
         raise ArchitectureError(f"{beside(wrapper, kinds)} ({error})") from error

@@ -129,7 +129,7 @@ def _read_adapted(
         with warnings.catch_warnings():
             if not allow_missing:
                 warnings.filterwarnings("error", message=".*Found missing adapter keys")
-            return unwrapped(PeftModel.from_pretrained(hf.eval(), source, **finding)), tokenizer, commit
+            return unwrapped(PeftModel.from_pretrained(hf, source, **finding).eval()), tokenizer, commit
     except ArchitectureError:
         raise
     except (RuntimeError, ValueError, UserWarning) as error:

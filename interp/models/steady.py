@@ -15,45 +15,46 @@ _MAKING = threading.Lock()
 
 
 @contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Dropout off while the block runs; then every part is in the mode that it was in."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
+def steady(model: Any) -> Iterator[None]:
+    """Run a loaded model here, see `standing`. Layers exchanged since its last run (an adapter added, or merged and taken
+    out) are the ones that are stopped at."""
+    nn = model.nn
+    with standing(model.hf):
+        mounted = {envoy.path: envoy._module for envoy in nn.modules()}
+        if any(
+            mounted.get(".".join(filter(None, (nn.path, name)))) is not part for name, part in model.hf.named_modules()
+        ):
+            nn._update(model.hf)
         yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 @contextmanager
-def steady(model: Any) -> Iterator[None]:
-    """Run a `Model` here: one thread at a time, dropout off, gradients possible, outputs by name, positions of text alone.
+def standing(hf: torch.nn.Module) -> Iterator[None]:
+    """Run a module here: one thread at a time, dropout off, gradients possible, outputs by name, positions of text alone.
 
     The configuration's `return_dict` is changed, not the call: transformers' models ask it again inside, where no argument
-    reaches. Vision models keep the shift of positions behind their last picture and add it where keys are cached. Layers
-    that were exchanged since the last run (an adapter added, or merged and taken out) are the ones that are stopped at.
+    reaches. Vision models keep the shift of positions behind their last picture and add it where keys are cached.
     """
-    hf, nn = model.hf, model.nn
     with _MAKING:
         lock = _LOCKS.setdefault(hf, threading.RLock())
-    with lock, torch.inference_mode(False), evaluating(hf):
-        mounted = {envoy.path: envoy._module for envoy in nn.modules()}
-        if any(mounted.get(".".join(filter(None, (nn.path, name)))) is not part for name, part in hf.named_modules()):
-            nn._update(hf)
+    with lock, torch.inference_mode(False):
+        training = [module for module in hf.modules() if module.training]
         both: Any = hf.config
         configs = {id(config): config for config in (both, both.get_text_config())}.values()
         asked = [config for config in configs if getattr(config, "return_dict", True) is False]
         shifts = {module: getattr(module, "rope_deltas", None) for module in (hf, getattr(hf, "base_model", hf))}
-        shifted = {module: shift for module, shift in shifts.items() if shift is not None}
-        for config in asked:
-            config.return_dict = True
+        shifted: dict[Any, Any] = {module: shift for module, shift in shifts.items() if shift is not None}
+        for module in training:
+            module.training = False
         for module in shifted:
             module.rope_deltas = None
+        for config in asked:
+            config.return_dict = True
         try:
             yield
         finally:
+            for module in training:
+                module.training = True
             for module, shift in shifted.items():
                 module.rope_deltas = shift
             for config in asked:
