@@ -203,8 +203,15 @@ class Simulated(Shipped):
             options["device_map"] = spread
         if (quantised := getattr(hf.config, "quantization_config", None)) is not None:
             options["quantization_config"] = quantised
-        if type(hf).__module__.startswith("transformers_modules"):
+        module, name = type(hf).__module__, type(hf).__qualname__
+        if module.startswith("transformers_modules"):
+            module, name = "transformers", "AutoModelForCausalLM"
             options["trust_remote_code"] = True
+        elif module.split(".")[0] != "transformers":
+            raise BackendError(
+                f"a {name} is a class of {module!r}, which the worker process does not have: give load_model a module of a "
+                "class of transformers, or a folder whose code lies beside its weights (trust_remote_code=True)"
+            )
         source = self.source
         worker.loads += 1
         if in_memory:
@@ -213,7 +220,7 @@ class Simulated(Shipped):
                 hf.save_pretrained(source)
         elif model.revision:
             options["revision"] = model.revision
-        spec = {"source": str(source), "device": str(model.device), "options": options}
+        spec = {"source": str(source), "class": (module, name), "device": str(model.device), "options": options}
         good, answer = worker.ask("load", (worker.loads, spec), self.timeout)
         if in_memory:
             shutil.rmtree(source, ignore_errors=True)  # the worker has it in memory now

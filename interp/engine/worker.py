@@ -7,6 +7,7 @@ Standard library alone at the top, so that importing it costs nothing.
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import pickle
@@ -53,9 +54,10 @@ def load(spec: dict[str, Any]) -> Any:
     """The nnsight model around a checkpoint, as a server makes it: weights without gradients."""
     import nnsight
     from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    hf = AutoModelForCausalLM.from_pretrained(spec["source"], **spec["options"])
+    module, name = spec["class"]
+    hf = getattr(importlib.import_module(module), name).from_pretrained(spec["source"], **spec["options"])
     if spec["options"].get("device_map") is None:
         hf.to(spec["device"])
     hf.eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import struct
@@ -73,7 +74,7 @@ def read_checkpoint(
         if dtype is None:
             dtype = torch.float32 if str(device) == "cpu" and "quantization_config" not in options else "auto"
         placed = {"dtype": dtype, "device_map": device_map}
-        hf = _read_weights(source, {**options, **where, **placed}, allow_missing)
+        hf = _read_weights(source, _reader(config), {**options, **where, **placed}, allow_missing)
         return hf if device_map is not None else hf.to(device), tokenizer, commit
     except ModelNotFoundError:
         raise
@@ -147,15 +148,35 @@ def _read_tokenizer(source: Any, config: Any, where: dict[str, Any]) -> Any:
     )
 
 
-def _read_weights(source: Any, options: dict[str, Any], allow_missing: bool) -> Any:
+def _reader(config: Any) -> Any:
+    """transformers' class for a model with a head over the vocabulary: of text, or of text beside pictures or sound.
+
+    The one that the checkpoint was saved from is preferred; text models of vision checkpoints have classes of their own.
+    """
+    import transformers
+
+    readers = [
+        (getattr(transformers, f"AutoModelFor{kind}"), getattr(transformers, f"MODEL_FOR_{mapping}_MAPPING"))
+        for kind, mapping in (
+            ("CausalLM", "CAUSAL_LM"),
+            ("ImageTextToText", "IMAGE_TEXT_TO_TEXT"),
+            ("MultimodalLM", "MULTIMODAL_LM"),
+        )
+    ]
+    able = [(auto, mapping[type(config)]) for auto, mapping in readers if type(config) in mapping]
+    saved = getattr(config, "architectures", None) or []
+    exact = [auto for auto, made in able if getattr(made, "__name__", "") in saved]
+    return (exact or [auto for auto, _ in able] or [transformers.AutoModelForCausalLM])[0]
+
+
+def _read_weights(source: Any, reader: Any, options: dict[str, Any], allow_missing: bool) -> Any:
     """The module with its weights. Raises ModelNotFoundError where some would be random numbers, unless they may be."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     asked = allow_missing or bool(options.get("ignore_mismatched_sizes"))
     options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+        loaded: Any = reader.from_pretrained(source, **options)
     except (SafetensorError, pickle.UnpicklingError, struct.error, EOFError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise
@@ -190,10 +211,23 @@ def _weightless(source: Any, config: Any, tokenizer: Any, dtype: Any, options: d
             stacklevel=4,
         )
     known = tokenizer or ids_only(int(config.get_text_config().vocab_size))
-    nn = nnsight.TransformersModel(str(source), task="text-generation", tokenizer=known, **options)
+    parts: dict[str, Any] = {"task": "text-generation", "tokenizer": known}
+    if _reader(config).__name__ != "AutoModelForCausalLM":
+        parts |= {"task": "image-text-to-text", "processor": known}
+    nn = wrapped(str(source), **parts, **options)
     # What is left here travels with each request: nothing of it but the trust is a server's business, least of all a token.
     nn.kwargs = {name: value for name, value in nn.kwargs.items() if name == "trust_remote_code"}
     return nn
+
+
+def wrapped(source: Any, **options: Any) -> Any:
+    """The nnsight model of a module or a name. It makes a pipeline, which lists a hundred classes where ours is none of them."""
+    logger = logging.getLogger("transformers.pipelines.base")
+    silent, logger.disabled = logger.disabled, True
+    try:
+        return nnsight.TransformersModel(source, **options)
+    finally:
+        logger.disabled = silent
 
 
 def ids_only(vocab_size: int) -> Any:

@@ -13,26 +13,32 @@ def infer_family(hf: Any) -> Family | None:
     """A known row whose every path exists in this model, with nothing left over; None when none fits.
 
     Only rows whose block has exactly the same weight-bearing modules are candidates: a module that the row does not
-    know would do something to the stream that no tap sees.
+    know would do something to the stream that no tap sees. All blocks must have the same.
     """
+    config = hf.config.get_text_config()
     for row in FAMILIES:
-        family = row.for_config(hf.config)
         try:
+            family = row.for_config(config).placed(hf)
             blocks = at(hf, family.layers)
             at(hf, family.embed), at(hf, family.norm), at(hf, family.head)
             for path, _, _ in family.block:
                 at(blocks[0], path.split(".source")[0])
-            named = {name for name, module in blocks[0].named_modules() if getattr(module, "weight", None) is not None}
-        except (AttributeError, IndexError, TypeError):
+            named, *others = (_weighted(block) for block in blocks)
+        except (AttributeError, IndexError, TypeError, ValueError):
             continue
         paths = [family.norm1, family.norm2, family.post_attn, family.post_mlp, *family.qkv, family.o, family.down]
         known = {path for path in paths if path}
         known |= {path for path, side, _ in family.block if side == "output" and path in named}
         known |= {name for name in named if name.endswith(("up_proj", "q_norm", "k_norm"))}
-        if named == known:
-            name = f"{family.name} (inferred for {hf.config.model_type})"
-            return replace(family, name=name, joint_qk_norm=_joint_qk_norm(blocks[0], hf.config))
+        if named == known and all(other == named for other in others):
+            name = f"{family.name} (inferred for {config.model_type})"
+            return replace(family, name=name, joint_qk_norm=_joint_qk_norm(blocks[0], config))
     return None
+
+
+def _weighted(block: Any) -> set[str]:
+    """The names of a block's modules that have weights."""
+    return {name for name, module in block.named_modules() if getattr(module, "weight", None) is not None}
 
 
 def _joint_qk_norm(block: Any, config: Any) -> bool:

@@ -7,12 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import nnsight
 import torch
 
 from ..errors import ArchitectureError
 from .bundled import ensure_bundled
-from .checkpoints import ids_only, read_checkpoint
+from .checkpoints import ids_only, read_checkpoint, wrapped
 from .families import FAMILIES, Family, find_family
 from .infer import infer_family
 from .model import Model
@@ -101,7 +100,7 @@ def load_model(
     family = _row(name, hf)
     if nn is None:
         known = tokenizer or ids_only(int(hf.config.get_text_config().vocab_size))
-        nn = nnsight.TransformersModel(hf, tokenizer=known, task="text-generation")
+        nn = wrapped(hf, tokenizer=known, task="text-generation")
     loaded = Model(
         name=name,
         hf=hf,
@@ -123,10 +122,10 @@ def load_model(
 
 def _in_memory(module: Any, asked: dict[str, Any]) -> str:
     """The name of a HuggingFace module that is in memory already; what is asked of it must be what it is."""
-    if not hasattr(module, "config"):
+    if not hasattr(getattr(module, "config", None), "get_text_config"):
         raise ArchitectureError(
-            f"a {type(module).__name__} is no HuggingFace language model: it has no config that says how it is built; "
-            "give a transformers model, a hub id, a folder or a bundled name"
+            f"a {type(module).__name__} is no HuggingFace language model: it has no config of transformers that says how it "
+            "is built; give a transformers model, a hub id, a folder or a bundled name"
         )
     weight = next(module.parameters())
     own = {
@@ -146,20 +145,21 @@ def _in_memory(module: Any, asked: dict[str, Any]) -> str:
 
 def _row(name: str, hf: Any) -> Family:
     """The row of the table for this architecture, or one inferred from the names of its modules."""
-    row = find_family(hf.config.model_type) or infer_family(hf)
+    config = hf.config.get_text_config()
+    row = find_family(config.model_type) or infer_family(hf)
     if row is None and _masked(hf):
         raise ArchitectureError(both_ways(name, type(hf).__name__))
     if row is None:
         known = ", ".join(sorted(kind for family in FAMILIES for kind in family.model_types))
         raise ArchitectureError(
-            f"{name} is of architecture {hf.config.model_type!r}, which has no row in interp/models/families.py, and its "
+            f"{name} is of architecture {config.model_type!r}, which has no row in interp/models/families.py, and its "
             f"modules resemble none that has. Known: {known}. Add a row (paths of its taps, in forward order), then "
             "run `python -m interp.audit` on the model: it tells which taps are right."
         )
-    row = row.for_config(hf.config.get_text_config())
+    row = row.for_config(config).placed(hf)
     if row.unsupported:
         raise ArchitectureError(f"{name} is a variant of {row.name} that cannot be used: {row.unsupported}")
-    return without_fused(row, getattr(hf.config.get_text_config(), "_attn_implementation", None))
+    return without_fused(row, getattr(config, "_attn_implementation", None))
 
 
 def _masked(hf: Any) -> bool:

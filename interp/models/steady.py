@@ -16,10 +16,10 @@ _MAKING = threading.Lock()
 
 @contextmanager
 def steady(hf: torch.nn.Module) -> Iterator[None]:
-    """Run a model here: one thread at a time, dropout off, gradients possible, outputs by name.
+    """Run a model here: one thread at a time, dropout off, gradients possible, outputs by name, positions of text alone.
 
     The configuration's `return_dict` is changed, not the call: transformers' models ask it again inside, where no argument
-    reaches.
+    reaches. Vision models keep the shift of positions behind their last picture and add it where keys are cached.
     """
     with _MAKING:
         lock = _LOCKS.setdefault(hf, threading.RLock())
@@ -28,8 +28,12 @@ def steady(hf: torch.nn.Module) -> Iterator[None]:
         both: Any = hf.config
         configs = {id(config): config for config in (both, both.get_text_config())}.values()
         asked = [config for config in configs if getattr(config, "return_dict", True) is False]
+        shifts = {module: getattr(module, "rope_deltas", None) for module in (hf, getattr(hf, "base_model", hf))}
+        shifted: dict[Any, Any] = {module: shift for module, shift in shifts.items() if shift is not None}
         for module in training:
             module.training = False
+        for module in shifted:
+            module.rope_deltas = None
         for config in asked:
             config.return_dict = True
         try:
@@ -37,6 +41,8 @@ def steady(hf: torch.nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+            for module, shift in shifted.items():
+                module.rope_deltas = shift
             for config in asked:
                 config.return_dict = False
 

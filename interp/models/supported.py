@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,18 @@ def refuse_unsupported(name: str, hf: Any, weights_here: bool) -> None:
         raise ArchitectureError(
             f"{name} is a {kind}, an encoder-decoder: what its decoder reads of the encoder has no sites here; load a "
             f"decoder-only language model ({_WHOLE})"
+        )
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(type(hf).forward).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and parameter.name not in ("self", "input_ids")
+    ]
+    if needed:
+        raise ArchitectureError(
+            f"{name} is a {kind}, whose forward does not run on token ids alone: it needs {', '.join(needed)} too; load a "
+            f"language model ({_WHOLE})"
         )
     if getattr(hf, "get_output_embeddings", lambda: None)() is None:
         raise ArchitectureError(

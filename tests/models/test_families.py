@@ -194,7 +194,7 @@ def test_a_family_by_another_name_is_found_by_its_modules_or_not_at_all(family: 
     guess = infer_family(hf)
     if guess is None:
         return
-    assert guess.name.endswith(f"(inferred for {hf.config.model_type})")
+    assert guess.name.endswith(f"(inferred for {hf.config.get_text_config().model_type})")
     block = at(hf, guess.layers)[0]
     assert all(at(block, path.split(".source")[0]) is not None for path, _, _ in guess.block)
 
@@ -213,6 +213,9 @@ def test_blocks_with_a_module_that_no_row_knows_are_not_guessed(family: str) -> 
 def test_what_has_no_blocks_is_not_guessed() -> None:
     class Config:
         model_type = "linear"
+
+        def get_text_config(self) -> Config:
+            return self
 
     module = torch.nn.Linear(2, 2)
     module.config = Config()  # type: ignore[assignment]

@@ -194,6 +194,12 @@ def test_an_unknown_name_with_known_modules_is_inferred_and_audited() -> None:
 def test_what_is_no_language_model() -> None:
     with pytest.raises(ArchitectureError, match="a Linear is no HuggingFace language model"):
         interp.load_model(torch.nn.Linear(3, 3))
+    own = torch.nn.Linear(3, 3)
+    own.config = {"n_layer": 3}  # type: ignore[assignment]
+    with pytest.raises(
+        ArchitectureError, match="a Linear is no HuggingFace language model: it has no config of transf"
+    ):
+        interp.load_model(own)
 
 
 def test_opt_with_norms_behind_its_blocks_is_told_why_it_cannot_be_used() -> None:

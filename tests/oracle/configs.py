@@ -47,6 +47,15 @@ _GPT: dict[str, Any] = {
 _FALCON = {key: value for key, value in _COMMON.items() if key != "intermediate_size"}
 _FALCON["ffn_hidden_size"] = 48
 _EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+#: A tower that no test looks through, beside the text model.
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
 _MIXED_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 #: Name -> (transformers' model type, the configuration's arguments). Windows are smaller than the prompts.
@@ -93,6 +102,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 16,
             "sliding_window": 4,
             "layer_types": _MIXED_WINDOWS,
+        },
+    ),
+    "gemma3_vision": (
+        "gemma3",
+        {
+            "text_config": {
+                **_GROUPED,
+                "head_dim": 16,
+                "query_pre_attn_scalar": 16,
+                "sliding_window": 4,
+                "layer_types": _MIXED_WINDOWS,
+            },
+            "vision_config": {"model_type": "siglip_vision_model", **VISION},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 1000,
         },
     ),
     "phi": ("phi", {**_GROUPED, "partial_rotary_factor": 0.5}),

@@ -75,7 +75,7 @@ class Oracle:
     def __init__(self, hf_model: Any, copy_model: bool = True) -> None:
         self.model = copy.deepcopy(hf_model).eval() if copy_model else hf_model
         self.config = self.model.config.get_text_config()
-        self.names = names_of(self.config)
+        self.names = names_of(self.model.config)
         self.blocks = self.model.get_submodule(self.names.blocks)
         self.n_layers = len(self.blocks)
         self.n_heads: int = self.config.num_attention_heads

@@ -106,6 +106,7 @@ _BLOOM = replace(
 _NAMES: dict[str, Names] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "granite", "smollm3"), _LLAMA),
     **dict.fromkeys(("ministral", "nemotron", "seed_oss", "helium", "arcee"), _LLAMA),
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), _LLAMA),
     **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe", "gpt_oss"), _MOE),
     **dict.fromkeys(("gemma2", "gemma3_text"), _SANDWICH),
     **dict.fromkeys(("olmo2", "olmo3", "exaone4"), _POST_ONLY),
@@ -178,12 +179,20 @@ _NAMES: dict[str, Names] = {
 }
 
 
+#: Where vision models hold their text model, unless under "model.language_model".
+TEXT_MODELS = {"idefics3": "model.text_model", "smolvlm": "model.text_model"}
+
+
 def names_of(config: Any) -> Names:
-    """The module names for a configuration.
+    """The module names for a configuration; a vision model's are those of its text model, which it holds in a place of its own.
 
     Raises:
         LookupError: an architecture the oracle has no names for.
     """
+    text = config.get_text_config()
+    if text is not config:
+        place = TEXT_MODELS.get(config.model_type, "model.language_model")
+        return replace(names_of(text), blocks=f"{place}.layers", final=f"{place}.norm")
     if config.model_type not in _NAMES:
         raise LookupError(f"the oracle knows no architecture {config.model_type!r}")
     names = _NAMES[config.model_type]

@@ -46,7 +46,7 @@ UNGATED = {
 UNROTATED = {"gpt2", "gpt_neo", "opt", "bloom", "falcon_alibi"}
 #: Layers whose attention reaches back this many positions, counting the query's own.
 WINDOWS = {"gpt_neo": 3, "mistral": 4, "gemma2": 4, "gemma3": 4, "gpt_oss": 4, "olmo3": 4, "starcoder2": 4}
-WINDOWS |= {"cohere2": 4, "ministral": 4, "exaone4": 4}
+WINDOWS |= {"gemma3_vision": 4, "cohere2": 4, "ministral": 4, "exaone4": 4}
 HEAD_KINDS = ("q", "k", "v", "q_rot", "k_rot", "z", "head_out", "pattern")
 CLEAN, CORRUPTED = prompts(length=9, first_difference=2)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -72,7 +72,7 @@ def test_models_are_small_wide_and_reproducible(family: str) -> None:
     start = time.perf_counter()
     model, tokenizer = tiny(family)
     assert time.perf_counter() - start < 0.5
-    assert len(tokenizer) == D_VOCAB == model.config.vocab_size
+    assert len(tokenizer) == D_VOCAB == model.config.get_text_config().vocab_size
     ids = torch.tensor([CLEAN])
     assert torch.equal(model(ids).logits, tiny(family)[0](ids).logits)
     assert not torch.equal(model(ids).logits, tiny(family, seed=1)[0](ids).logits)
