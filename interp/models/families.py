@@ -112,22 +112,6 @@ class Family:
         number = 1.0 if value is None else float(value)
         return 1 / number if name.startswith("1/") else number
 
-    def placed(self, hf: Any) -> Family:
-        """This row with the paths that the text model has inside `hf`, where a vision or audio model is built around it.
-
-        The module says where its decoder and its output head are; blocks are the same inside.
-        """
-        names = {id(module): name for name, module in hf.named_modules()}
-        if self.layers in names.values() or not hasattr(hf, "get_decoder"):
-            return self
-        decoder, head = (names.get(id(part)) for part in (hf.get_decoder(), hf.get_output_embeddings()))
-        paths = [path.split(".") for path in (self.embed, self.layers, self.norm)]
-        own = ".".join(part for part, *others in zip(*paths, strict=False) if [part] * 2 == others)
-        if decoder is None or head is None:
-            return self
-        moved = {name: decoder + getattr(self, name).removeprefix(own) for name in ("embed", "layers", "norm")}
-        return replace(self, head=head, **moved)
-
 
 _LLAMA_QKV = _separate("self_attn")
 _LLAMA_CORE = _core("self_attn")

@@ -1,4 +1,7 @@
-"""Guess the row of an architecture that has none, from its module names. The audit then decides whether it is right."""
+"""What module names say of a row: where its paths lead in a model, and which row an architecture without one resembles.
+
+The audit then decides whether a guess is right.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def infer_family(hf: Any) -> Family | None:
     config = hf.config.get_text_config()
     for row in FAMILIES:
         try:
-            family = row.for_config(config).placed(hf)
+            family = placed(row.for_config(config), hf)
             blocks = at(hf, family.layers)
             at(hf, family.embed), at(hf, family.norm), at(hf, family.head)
             for path, _, _ in family.block:
@@ -34,6 +37,23 @@ def infer_family(hf: Any) -> Family | None:
             name = f"{family.name} (inferred for {config.model_type})"
             return replace(family, name=name, joint_qk_norm=_joint_qk_norm(blocks[0], config))
     return None
+
+
+def placed(family: Family, hf: Any) -> Family:
+    """The row with the paths that the text model has inside `hf`, where a vision or audio model is built around it.
+
+    The module says where its decoder and its output head are; blocks are the same inside.
+    """
+    names = {id(module): name for name, module in hf.named_modules()}
+    if family.layers in names.values() or not hasattr(hf, "get_decoder"):
+        return family
+    decoder, head = (names.get(id(part)) for part in (hf.get_decoder(), hf.get_output_embeddings()))
+    paths = [path.split(".") for path in (family.embed, family.layers, family.norm)]
+    own = ".".join(part for part, *others in zip(*paths, strict=False) if [part] * 2 == others)
+    if decoder is None or head is None:
+        return family
+    moved = {name: decoder + getattr(family, name).removeprefix(own) for name in ("embed", "layers", "norm")}
+    return replace(family, head=head, **moved)
 
 
 def _weighted(block: Any) -> set[str]:

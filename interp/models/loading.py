@@ -13,7 +13,7 @@ from ..errors import ArchitectureError
 from .bundled import ensure_bundled
 from .checkpoints import ids_only, read_checkpoint, wrapped
 from .families import FAMILIES, Family, find_family
-from .infer import infer_family
+from .infer import infer_family, placed
 from .model import Model
 from .packages import BUNDLED
 from .supported import both_ways, refuse_unsupported, without_fused
@@ -156,7 +156,7 @@ def _row(name: str, hf: Any) -> Family:
             f"modules resemble none that has. Known: {known}. Add a row (paths of its taps, in forward order), then "
             "run `python -m interp.audit` on the model: it tells which taps are right."
         )
-    row = row.for_config(config).placed(hf)
+    row = placed(row.for_config(config), hf)
     if row.unsupported:
         raise ArchitectureError(f"{name} is a variant of {row.name} that cannot be used: {row.unsupported}")
     return without_fused(row, getattr(config, "_attn_implementation", None))
