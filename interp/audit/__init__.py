@@ -90,7 +90,7 @@ def _local(model: Model) -> None:
 def _row_on_trial(model: Model) -> Iterator[None]:
     """A row so wrong that no forward pass can follow it fails in many ways; they all mean one thing."""
     try:
-        with steady(model.hf):
+        with steady(model):
             yield
     except InterpError:
         raise

@@ -260,7 +260,7 @@ def expected_seconds(model: Model, pairs: PromptPairs, cells: Sequence[Cell]) ->
     probe = torch.tensor([list(encoded.clean[0])] * 8, device=model.device)
     if probe.is_meta or model.device.type == "meta":
         return 0.0
-    with steady(model.hf), torch.no_grad():  # steady turns gradients on
+    with steady(model), torch.no_grad():  # steady turns gradients on
         model.hf(input_ids=probe[:, :2])
         if probe.is_cuda:
             torch.cuda.synchronize(probe.device)

@@ -38,12 +38,12 @@ class Local:
     def run(self, model: Any, programs: list[dict[str, Any]], metric: Metric, done: Done) -> None:
         """Every program in order; `done(index, metric [scored])` after each."""
         report = lambda index, found: done(index, found["metric"])  # noqa: E731
-        with steady(model.hf):
+        with steady(model):
             execute(model.nn, model.taps, ordinary(programs), metric, report)
 
     def call(self, model: Any, function: Callable[..., Any], *args: Any) -> Any:
         """`function(model.nn, *args)`."""
-        with steady(model.hf):
+        with steady(model):
             return function(model.nn, *ordinary(args))
 
 

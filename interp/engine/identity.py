@@ -17,6 +17,7 @@ import torch
 
 from ..cells import Resolved
 from ..metrics import Metric
+from ..models.adapters import adapter_state
 from .rows import Context
 
 #: Packages whose releases may change the last bits of a number.
@@ -98,9 +99,9 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 
 def config_digest(model: Any) -> str:
-    """Digest of what is in no weight: epsilons, caps, windows, scalings."""
+    """Digest of what is in no weight: epsilons, caps, windows, scalings; which adapters are active."""
     said = {key: value for key, value in model.hf.config.to_dict().items() if key not in ("_name_or_path", "dtype")}
-    return text_digest(repr(sorted(said.items())))
+    return text_digest(repr(sorted(said.items())) + repr(adapter_state(model.hf)))
 
 
 def edits_digest(resolved: Resolved, context: Context) -> str:

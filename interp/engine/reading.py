@@ -62,7 +62,7 @@ def read(model: Model, prompts: Sequence[Sequence[int]], reads: Iterable[tuple[i
     Activations are `[row, position, feature]`; q, k, v, z, q_rot, k_rot and head_out `[row, position, head, feature]`;
     pattern `[row, head, query, key]`. Rows are left-padded to the longest prompt.
     """
-    with steady(model.hf):
+    with steady(model):
         return execute(model.nn, model.taps, [read_program(model, prompts, reads, **more)], None)[0]
 
 

@@ -23,6 +23,7 @@ from nnsight.tracing.backend import Backend as Transport
 from nnsight.tracing.util import push
 
 from ..errors import BackendError
+from ..models.adapters import adapter_layers
 from . import worker as script
 from .identity import weights_digest
 from .remote import Shipped, failure, serialise
@@ -189,6 +190,11 @@ class Simulated(Shipped):
             BackendError: it cannot be saved or loaded, or what the worker loaded is not what is in memory.
         """
         hf = model.hf
+        if adapter_layers(hf):
+            raise BackendError(
+                f"{model.name} holds adapters of PEFT, which a server would have to be given apart: merge them into the "
+                "weights first and load what comes out (peft_model.merge_and_unload())"
+            )
         weights = script.fingerprint(hf)
         in_memory = isinstance(self.source, torch.nn.Module)
         attention = getattr(hf.config, "_attn_implementation", None)

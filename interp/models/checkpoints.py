@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import struct
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import nnsight
 import torch
 
-from ..errors import ArchitectureError, ModelNotFoundError
+from ..errors import ArchitectureError, InterpError, ModelNotFoundError
+from .adapters import unwrapped
+from .files import EVERYWHERE, FINDING, as_folder, base_of_adapter, checked_source, file_of
 from .packages import BUNDLED
 
-#: Options that say where a checkpoint is and how it may be read: config, tokenizer and weights each need all of them.
-EVERYWHERE = (
-    "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code", "revision", "code_revision", "proxies",
-    "force_download", "gguf_file",
-)  # fmt: skip
-#: Those of them that find a single file on a hub.
-_FINDING = ("token", "cache_dir", "subfolder", "local_files_only", "revision", "proxies")
 #: How transformers says that a checkpoint is not one that it can load as a language model.
 _UNKNOWN = ("not recognize this architecture", "Unrecognized configuration class", "Unrecognized model")
 _UNTRUSTED = "`trust_remote_code=True`"
@@ -31,14 +26,6 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
-
-
-def as_folder(source: Any) -> Path | None:
-    """The folder that a name means (`~` expanded), or None where it is a hub's id."""
-    said = str(source)
-    if isinstance(source, os.PathLike) or said.startswith((os.sep, ".", "~")) or (said and Path(said).is_dir()):
-        return Path(source).expanduser()
-    return None
 
 
 def read_checkpoint(
@@ -59,12 +46,20 @@ def read_checkpoint(
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ArchitectureError(f"dtype={dtype!r} is no type of torch; use 'float32', 'bfloat16', 'auto', …")
     where = {name: options[name] for name in EVERYWHERE if options.get(name) is not None}
-    source = _checked(source, where)
+    source = checked_source(source, where)
     finding = {name: where[name] for name in ("revision", "token", "local_files_only", "cache_dir") if name in where}
     if (revision := resolve_revision(source, **finding)) is not None:
         where["revision"] = revision  # one commit for all three, though the branch may move meanwhile
     commit = str(getattr(revision, "resolved", revision) or "")
-    try:  # an unknown architecture is told before its tokenizer or weights are looked for
+    with _told(source):  # an unknown architecture is told before its tokenizer or weights are looked for
+        if (base := base_of_adapter(source, where)) is not None:
+            if remote:
+                raise ArchitectureError(
+                    f"{source} is an adapter for {base}, and a server knows whole models: merge it into the weights and give the "
+                    "name under which the server has the result"
+                )
+            placed = {"device": device, "dtype": dtype, "device_map": device_map}
+            return _read_adapted(source, base, tokenizer, allow_missing=allow_missing, options=options, **placed)
         config = options.get("config") or AutoConfig.from_pretrained(source, **where)
         tokenizer = tokenizer or _read_tokenizer(source, config, where)
         if remote:
@@ -76,7 +71,14 @@ def read_checkpoint(
         placed = {"dtype": dtype, "device_map": device_map}
         hf = _read_weights(source, _reader(config), {**options, **where, **placed}, allow_missing)
         return hf if device_map is not None else hf.to(device), tokenizer, commit
-    except ModelNotFoundError:
+
+
+@contextmanager
+def _told(source: Any) -> Iterator[None]:
+    """What transformers raises while it reads a checkpoint, as one of our errors."""
+    try:
+        yield
+    except InterpError:
         raise
     except ValueError as error:
         if _UNTRUSTED in str(error):
@@ -102,18 +104,34 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _checked(source: Any, where: dict[str, Any]) -> Any:
-    """A folder with what makes it a model, or a hub's id as it is."""
-    folder = as_folder(source)
-    if folder is None:
-        return source
-    wanted = folder / where.get("subfolder", "") / where.get("gguf_file", "config.json")
-    if not wanted.is_file():
-        raise ModelNotFoundError(
-            f"{wanted.parent} is not a model folder (no {wanted.name}); give a folder written by save_pretrained, a hub "
-            f"id, or a bundled name: {', '.join(BUNDLED)}"
+def _read_adapted(
+    source: Any, base: str, tokenizer: Any, *, allow_missing: bool, options: dict[str, Any], **placed: Any
+) -> tuple[Any, Any, str]:
+    """The model that an adapter is for, with the adapter's layers in it."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelNotFoundError(f"{source} is an adapter for {base}: install peft to load it") from error
+    where = {name: options[name] for name in EVERYWHERE if options.get(name) is not None}
+    if tokenizer is None and any(file_of(source, name, where) for name in _TOKENIZER_FILES):
+        tokenizer = _read_tokenizer(source, None, where)
+    told = {name: value for name, value in options.items() if name not in ("subfolder", "revision", "code_revision")}
+    try:
+        hf, tokenizer, commit = read_checkpoint(
+            base, tokenizer, False, allow_missing=allow_missing, options=told, **placed
         )
-    return folder
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"the adapter {source} is for {base}, which cannot be loaded: {error}") from error
+    finding = {name: where[name] for name in FINDING if name in where}
+    try:
+        with warnings.catch_warnings():
+            if not allow_missing:
+                warnings.filterwarnings("error", message=".*Found missing adapter keys")
+            return unwrapped(PeftModel.from_pretrained(hf, source, **finding).eval()), tokenizer, commit
+    except ArchitectureError:
+        raise
+    except (RuntimeError, ValueError, UserWarning) as error:
+        raise ModelNotFoundError(f"the adapter {source} does not fit {base}: {_first_line(error)}") from error
 
 
 def _read_tokenizer(source: Any, config: Any, where: dict[str, Any]) -> Any:
@@ -123,12 +141,9 @@ def _read_tokenizer(source: Any, config: Any, where: dict[str, Any]) -> Any:
         ModelNotFoundError: there is one, but it cannot be built.
     """
     from transformers import AutoTokenizer
-    from transformers.utils import cached_file
 
-    finding = {name: where[name] for name in _FINDING if name in where}
-    quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
     written = "gguf_file" in where or "AutoTokenizer" in (getattr(config, "auto_map", None) or {})
-    if not written and not any(cached_file(source, name, **finding, **quiet) for name in _TOKENIZER_FILES):
+    if not written and not any(file_of(source, name, where) for name in _TOKENIZER_FILES):
         warnings.warn(
             f"{source} has no tokenizer files: prompts and answers must be token ids, or give load_model(..., tokenizer=)",
             stacklevel=4,

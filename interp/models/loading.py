@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ArchitectureError
+from .adapters import refuse_more_than_layers, unwrapped
 from .bundled import ensure_bundled
 from .checkpoints import ids_only, read_checkpoint, wrapped
 from .families import FAMILIES, Family, find_family
@@ -41,7 +42,8 @@ def load_model(
     """Load a causal language model as it is, for experiments.
 
     Args:
-        model: a hub id, a local folder, a bundled name (`"smollm2-135m"`), or a HuggingFace module already in memory.
+        model: a hub id, a local folder (of a model, or of a PEFT adapter), a bundled name (`"smollm2-135m"`), or a
+            HuggingFace module already in memory, with the adapters that it holds.
         tokenizer: for a module in memory (left out, prompts must be token ids), or in place of the checkpoint's own.
         device: where the weights go; the GPU when there is one and neither this nor `device_map` is given.
         dtype: float type; default fp32 on a CPU, the checkpoint's own elsewhere.
@@ -71,7 +73,8 @@ def load_model(
     source: Any = model
     if isinstance(model, torch.nn.Module):
         told = {"device": device, "dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-        name = _in_memory(model, told | options)
+        hf = source = unwrapped(model)
+        name = _in_memory(hf, told | options)
     elif name in BUNDLED:
         entry = BUNDLED[name]
         prefix = entry.prefix if prefix is None else prefix
@@ -97,6 +100,8 @@ def load_model(
             f"prefix={prefix!r} needs a tokenizer, and this model has none: load_model(..., tokenizer=)"
         )
     refuse_unsupported(name, hf, backend.weights_here)
+    if check and isinstance(model, torch.nn.Module) and hasattr(model, "peft_config") and hf is not model:
+        refuse_more_than_layers(model, hf)
     family = _row(name, hf)
     if nn is None:
         known = tokenizer or ids_only(int(hf.config.get_text_config().vocab_size))

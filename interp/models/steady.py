@@ -15,8 +15,22 @@ _MAKING = threading.Lock()
 
 
 @contextmanager
-def steady(hf: torch.nn.Module) -> Iterator[None]:
-    """Run a model here: one thread at a time, dropout off, gradients possible, outputs by name, positions of text alone.
+def steady(model: Any) -> Iterator[None]:
+    """Run a loaded model here, see `standing`. Layers exchanged since its last run (an adapter added, or merged and taken
+    out) are the ones that are stopped at."""
+    nn = model.nn
+    with standing(model.hf):
+        mounted = {envoy.path: envoy._module for envoy in nn.modules()}
+        if any(
+            mounted.get(".".join(filter(None, (nn.path, name)))) is not part for name, part in model.hf.named_modules()
+        ):
+            nn._update(model.hf)
+        yield
+
+
+@contextmanager
+def standing(hf: torch.nn.Module) -> Iterator[None]:
+    """Run a module here: one thread at a time, dropout off, gradients possible, outputs by name, positions of text alone.
 
     The configuration's `return_dict` is changed, not the call: transformers' models ask it again inside, where no argument
     reaches. Vision models keep the shift of positions behind their last picture and add it where keys are cached.
