@@ -68,6 +68,8 @@ def read_checkpoint(
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None:
             dtype = torch.float32 if str(device) == "cpu" and "quantization_config" not in options else "auto"
+        if device_map is None and (options.get("quantization_config") or getattr(config, "quantization_config", None)):
+            device_map = {"": str(device)}  # quantised weights are put where they are quantised, and cannot be moved
         placed = {"dtype": dtype, "device_map": device_map}
         hf = _read_weights(source, _reader(config), {**options, **where, **placed}, allow_missing)
         return hf if device_map is not None else hf.to(device), tokenizer, commit
