@@ -152,6 +152,9 @@ def _read_tokenizer(source: Any, config: Any, where: dict[str, Any]) -> Any:
         )
         return None
     reason = "its vocabulary is empty"
+    folder = as_folder(source)
+    if folder is not None and "gguf_file" in where:  # for this file alone transformers looks into no subfolder
+        source, where = folder / where.get("subfolder", ""), {**where, "subfolder": ""}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except Exception as error:  # whatever a tokenizer's own code raises

@@ -66,8 +66,12 @@ def load_model(
     Warns:
         UserWarning: kinds of sites that failed the check, which are refused from then on; no tokenizer; random weights.
     """
+    from transformers import ProcessorMixin
+
     from ..engine.backends import Local, make_backend
 
+    if isinstance(tokenizer, ProcessorMixin):  # of a vision model: it would take a prompt for a picture
+        tokenizer = getattr(tokenizer, "tokenizer", None)
     name, note = str(model), ""
     hf: Any = model
     source: Any = model

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -109,6 +111,59 @@ def test_a_subfolder_without_a_model(tmp_path: Path) -> None:
         interp.load_model(tmp_path, subfolder="sub")
     with pytest.raises(ModelNotFoundError, match=r"is not a model folder \(no tiny\.gguf\)"):
         interp.load_model(tmp_path, gguf_file="tiny.gguf")
+
+
+_GGUF = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+def written_as_gguf(file: Path) -> Any:
+    """The tiny Llama as llama.cpp's tools would write it: the two halves of each rotated head lie interleaved."""
+    hf, tokenizer = tiny("llama")
+    file.parent.mkdir(parents=True)
+    writer = gguf.GGUFWriter(file, "llama")
+    for name, number in {
+        "context_length": 64, "embedding_length": 32, "block_count": 3, "feed_forward_length": 48, "head_count": 4,
+        "head_count_kv": 4, "layer_norm_rms_eps": hf.config.rms_norm_eps, "rope_dimension_count": 8,
+        "vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 3, "pad_token_id": 0,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(number)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    writer.add_token_scores([0.0] * len(tokenizer))
+    writer.add_token_types([1] * len(tokenizer))
+    for name, tensor in hf.state_dict().items():
+        layer, module = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*)\.weight", name).groups()  # type: ignore[union-attr]
+        if module.endswith(("q_proj", "k_proj")):
+            tensor = tensor.unflatten(0, (4, 2, -1)).transpose(1, 2).flatten(0, 2)
+        block = "" if layer is None else f"blk.{layer}."
+        writer.add_tensor(f"{block}{_GGUF[module]}.weight", tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return hf
+
+
+@pytest.mark.parametrize("backend", ["local", "simulated"])
+def test_one_file_in_a_subfolder_holds_all_three(backend: str, tmp_path: Path) -> None:
+    hf = written_as_gguf(tmp_path / "sub" / "tiny.gguf")
+    model = interp.load_model(tmp_path, gguf_file="tiny.gguf", subfolder="sub", backend=backend)
+    assert same(model, hf) and model.tokenizer.get_vocab()["Mary"] == tiny("llama")[1].get_vocab()["Mary"]
+    pairs, plan = PromptPairs(words(6), words(6, seed=1), [20], [30]), interp.grid("z", layers=[0])
+    assert interp.patch(model, pairs, plan).values.equals(interp.patch(interp.load_model(hf), pairs, plan).values)
 
 
 CODE = """

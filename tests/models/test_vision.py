@@ -107,6 +107,15 @@ def test_the_text_side_is_loaded_and_right(name: str) -> None:
                 assert got == pytest.approx(float(logits[20 + pair] - logits[30 + pair]), abs=2 * allowed(logits)), kind
 
 
+def test_a_processor_lends_its_tokenizer() -> None:
+    class Processor(tf.ProcessorMixin):
+        def __init__(self) -> None:
+            self.tokenizer = tokenizer()
+
+    processor = Processor()
+    assert interp.load_model(made("llava"), tokenizer=processor, check=False).tokenizer is processor.tokenizer
+
+
 def test_nothing_is_said_of_a_model_that_can_be_used(capfd: pytest.CaptureFixture[str]) -> None:
     interp.load_model(made("qwen2_vl"))
     assert "not supported" not in capfd.readouterr().err
