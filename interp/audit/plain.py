@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ MOST = 0.25
 Place = tuple[int, str]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plain:
     """One prompt through the model: `[1, position, d_model]` at each place where the stream is read, and the logits.
 
@@ -36,12 +36,12 @@ class Plain:
     d_model]`: of `probe` by what is read there, moved by rounding in all rows but the first; empty where `why_not` says why.
     """
 
-    stream: dict[Place, Tensor] = field(default_factory=dict)
-    noise: dict[Place, Tensor] = field(default_factory=dict)
-    logits: Tensor = field(default_factory=lambda: torch.empty(0))
-    logits_noise: Tensor = field(default_factory=lambda: torch.zeros(1))
-    gradient: dict[Place, Tensor] = field(default_factory=dict)
-    why_not: str = ""
+    stream: dict[Place, Tensor]
+    noise: dict[Place, Tensor]
+    logits: Tensor
+    logits_noise: Tensor
+    gradient: dict[Place, Tensor]
+    why_not: str
 
 
 def probe(logits: Tensor, batch: Any) -> Tensor:
@@ -123,7 +123,6 @@ def moved_by(model: Model, prompt: Sequence[int], path: str, step: Tensor, reade
 
 def plain_run(model: Model, prompt: Sequence[int], gradients: bool = False) -> Plain:
     """The prompt alone, and beside COPIES of it that are moved by rounding."""
-    found = Plain()
     readers = readers_of(model)
     blocks = [f"{model.family.layers}.{layer}" for layer in range(model.n_layers)]
     seen: dict[Place, Tensor] = {}
@@ -156,19 +155,18 @@ def plain_run(model: Model, prompt: Sequence[int], gradients: bool = False) -> P
         with torch.set_grad_enabled(gradients), inputs_changed(model.hf, [*blocks, *readers], disturb):
             return logits_of(model, [prompt] * (1 + COPIES))
 
+    gradient, why_not = {}, ""
     try:
         logits = run()
         if gradients:
             by_leaf = torch.autograd.grad(probe(logits.float(), None).sum(), list(leaves.values()))
-            found.gradient = {place: by_row(grad) for place, grad in zip(leaves, by_leaf, strict=True)}
+            gradient = {place: by_row(grad) for place, grad in zip(leaves, by_leaf, strict=True)}
     except (RuntimeError, NotImplementedError) as error:
         if not gradients:
             raise
-        found.why_not = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why_not = (str(error).strip().splitlines() or [type(error).__name__])[0]
         gradients = False
         logits = run()
-    found.stream = single
-    found.noise = {place: (seen[place] - x).abs().float().amax((0, 2)) for place, x in single.items()}
-    found.logits = alone
-    found.logits_noise = (logits.detach() - alone).abs().float().amax()[None]
-    return found
+    noise = {place: (seen[place] - x).abs().float().amax((0, 2)) for place, x in single.items()}
+    logits_noise = (logits.detach() - alone).abs().float().amax()[None]
+    return Plain(single, noise, alone, logits_noise, gradient, why_not)
