@@ -7,6 +7,7 @@ model's own modules and from autograd through its own forward pass (`audit.plain
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,11 +76,21 @@ def check_head(model: Model, plain: Plain) -> Iterator[Finding]:
     yield compare("head", "law", model.n_layers, got, want, noise=plain.logits_noise)
 
 
+def projections(model: Model) -> Iterator[tuple[str, Any]]:
+    """The projections inside the blocks, and the head, by name; not the parts that an adapter is made of."""
+    whole = ""
+    for name, module in at(model.hf, model.family.layers).named_modules():
+        if isinstance(getattr(module, "in_features", None), int) and not (whole and name.startswith(whole)):
+            whole = f"{name}."
+            yield f"{model.family.layers}.{name}", module
+    yield model.family.head, at(model.hf, model.family.head)
+
+
 def check_backward(model: Model) -> Iterator[Finding]:
     """Layers that are no plain projection: autograd through one of each class is how its output moves with its input."""
     seen: set[type] = set()
-    for name, module in model.hf.named_modules():
-        if not hasattr(module, "in_features") or as_it_says(module) or type(module) in seen:
+    for name, module in projections(model):
+        if as_it_says(module) or type(module) in seen:
             continue
         seen.add(type(module))
         for length in (1, 5):  # some take another kernel for one row

@@ -84,7 +84,10 @@ def inputs_changed(hf: Any, paths: Sequence[str], change: Callable[[str, Tensor]
 
 def logits_of(model: Model, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Logits `[row, d_vocab]` of each prompt's last token, by the model's own forward pass."""
-    inputs = {name: value.to(model.device) for name, value in read_program(model, prompts)["inputs"].items()}
+    inputs = {
+        name: value.to(model.device) if isinstance(value, Tensor) else value
+        for name, value in read_program(model, prompts)["inputs"].items()
+    }
     with RowsAlone(model.hf, model.taps):
         logits: Tensor = model.hf(**inputs).logits[:, -1]
     return logits

@@ -90,6 +90,7 @@ def test_a_wrapper_is_loaded_whole(kind: str) -> None:
     for given in (wrapper, wrapper.base_model, wrapper.get_base_model()):
         model = interp.load_model(given)
         assert model.hf is wrapper.get_base_model() and torch.equal(logits(model.hf), logits(wrapper))
+        assert not model.refused
         effects = interp.patch(model, PAIRS, PLAN)
         np.testing.assert_allclose(effects.values[:, :, :, 0], right(model.hf), atol=1e-4)
 
