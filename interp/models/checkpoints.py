@@ -15,8 +15,8 @@ import torch
 
 from ..errors import ArchitectureError, InterpError, ModelNotFoundError
 from .adapters import unwrapped
-from .files import EVERYWHERE, FINDING, as_folder, base_of_adapter, checked_source, file_of
 from .packages import BUNDLED
+from .sources import EVERYWHERE, FINDING, as_folder, base_of_adapter, checked_source, file_of
 
 #: How transformers says that a checkpoint is not one that it can load as a language model.
 _UNKNOWN = ("not recognize this architecture", "Unrecognized configuration class", "Unrecognized model")

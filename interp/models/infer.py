@@ -5,6 +5,7 @@ The audit then decides whether a guess is right.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +54,10 @@ def placed(family: Family, hf: Any) -> Family:
     if decoder is None or head is None:
         return family
     moved = {name: decoder + getattr(family, name).removeprefix(own) for name in ("embed", "layers", "norm")}
-    return replace(family, head=head, **moved)
+    # What follows the head is the wrapper's own: Aya Vision leaves out its text model's factor, Granite Vision does not.
+    factor = family.logit_scale.removeprefix("1/")
+    scale = family.logit_scale if factor and factor in inspect.getsource(type(hf).forward) else ""
+    return replace(family, head=head, logit_scale=scale, **moved)
 
 
 def _weighted(block: Any) -> set[str]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import interp
 from interp import PromptPairs
 from interp.errors import ArchitectureError, ModelNotFoundError, PairsError
-from interp.models.files import EVERYWHERE
+from interp.models.sources import EVERYWHERE
 from tests.families import words
 from tests.oracle.configs import tiny
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -24,6 +25,9 @@ _SIGLIP = {"model_type": "siglip_vision_model", **VISION}
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 _GRID = {"depth": 1, "num_heads": 2, "intermediate_size": 16}
 _MARKS = {"image_token_id": 1000, "video_token_id": 1001, "vision_start_token_id": 1002, "vision_end_token_id": 1003}
+
+
+_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 def text(model_type: str, **more: Any) -> dict[str, Any]:
@@ -71,6 +75,13 @@ MODELS: dict[str, Callable[[], Any]] = {
             text_config=text("qwen2"),
             vision_config={**VISION, "image_size": [32, 32], "patch_size": [16, 16]},
             image_token_id=1000,
+        )
+    ),
+    "aya_vision": lambda: tf.AyaVisionForConditionalGeneration(
+        tf.AyaVisionConfig(
+            text_config=text("cohere2", sliding_window=4, logit_scale=0.5, layer_types=_WINDOWS),
+            vision_config=_SIGLIP,
+            image_token_index=1000,
         )
     ),
     "voxtral": lambda: tf.VoxtralForConditionalGeneration(
@@ -121,10 +132,13 @@ def test_nothing_is_said_of_a_model_that_can_be_used(capfd: pytest.CaptureFixtur
     assert "not supported" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "idefics3"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "idefics3", "aya_vision"])
 def test_every_site_passes_the_audit(name: str) -> None:
-    report = interp.load_model(made(name)).audit()
+    model = interp.load_model(made(name))
+    report = model.audit()
     assert report.ok, str(report)
+    parts = interp.direct_effects(model, PAIRS)
+    np.testing.assert_allclose(np.nansum(parts.values, axis=(0, 1)), parts.clean, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", [*MODELS, "gemma3_vision"])
