@@ -1,4 +1,7 @@
-"""The rules of the house, read off the source: who imports whom, who may open a trace, how long a file is."""
+"""The rules of the house, read off the source: who imports whom, who may open a trace, how long a file is.
+
+A test is a rule, and names every file that breaks it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,12 +67,19 @@ def room_of(name: str) -> str:
     return "methods" if first in METHODS else first
 
 
-def imports(path: Path) -> list[tuple[str, bool]]:
+@cache
+def tree(path: Path) -> ast.Module:
+    """A file's syntax."""
+    return ast.parse(path.read_text())
+
+
+@cache
+def imports(name: str) -> list[tuple[str, bool]]:
     """Every module that a file imports, absolute ("interp.plan", "torch"), and whether at the top of the file.
 
     Imports for type checkers alone do not count.
     """
-    package = ["interp", *path.relative_to(ROOT).parts[:-1]]
+    package = ["interp", *name.split("/")[:-1]]
     found: list[tuple[str, bool]] = []
 
     def visit(node: ast.AST, top: bool) -> None:
@@ -84,7 +95,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
                 found.extend((f"{module}.{alias.name}" if whole else module, top) for alias in child.names)
             visit(child, top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
 
-    visit(ast.parse(path.read_text()), True)
+    visit(tree(ROOT / name), True)
     return found
 
 
@@ -93,52 +104,52 @@ def test_every_file_stands_in_a_room() -> None:
     assert rooms <= set(ROOMS), f"tell this test where {rooms - set(ROOMS)} stand"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_module_imports_from_earlier_rooms_only(path: Path) -> None:
-    name = name_of(path)
-    if name == "__init__.py":
-        return
-    own = room_of(name)
-    for module, top in imports(path):
-        if not module.startswith("interp."):
-            continue
-        other = room_of(module.split(".")[1])
-        if other == own and own != "methods":
-            continue
-        if (name, other) in BACKWARD:
-            assert not top, f"{name} imports {module} when it is imported; do it where it is needed"
-            continue
-        assert ROOMS.index(other) < ROOMS.index(own), f"{name} imports {module}, a later room"
+def test_a_module_imports_from_earlier_rooms_only() -> None:
+    offenders = []
+    for name in map(name_of, FILES):
+        own = room_of(name)
+        for module, top in imports(name) if name != "__init__.py" else ():
+            if not module.startswith("interp."):
+                continue
+            other = room_of(module.split(".")[1])
+            if other == own and own != "methods":
+                continue
+            if (name, other) in BACKWARD:
+                offenders += [f"{name} imports {module} when it is imported; do it where it is needed"] if top else []
+            elif ROOMS.index(other) >= ROOMS.index(own):
+                offenders.append(f"{name} imports {module}, a later room")
+    assert not offenders, "\n".join(offenders)
 
 
 def test_the_exceptions_are_still_needed() -> None:
     for name, other in BACKWARD:
-        assert any(module.startswith(f"interp.{other}") for module, _ in imports(ROOT / name)), (name, other)
+        assert any(module.startswith(f"interp.{other}") for module, _ in imports(name)), (name, other)
     for name in (*LONG, *SHIPPED):
         assert (ROOT / name).exists(), name
     for name in LONG:
         assert len((ROOT / name).read_text().splitlines()) > 300, f"{name} is short again: take it off the list"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_packages_are_imported_by_the_room_that_owns_them(path: Path) -> None:
-    name = name_of(path)
-    for module, _ in imports(path):
-        owners = OWNERS.get(module.split(".")[0])
-        assert owners is None or name.startswith(owners), f"{name} imports {module}; only {owners} may"
+def test_packages_are_imported_by_the_room_that_owns_them() -> None:
+    offenders = []
+    for name in map(name_of, FILES):
+        for module, _ in imports(name):
+            owners = OWNERS.get(module.split(".")[0])
+            if owners is not None and not name.startswith(owners):
+                offenders.append(f"{name} imports {module}; only {owners} may")
+    assert not offenders, "\n".join(offenders)
 
 
 def test_wandb_is_imported_when_it_is_used() -> None:
-    path = ROOT / "tracking.py"
-    if path.exists():
-        assert not any(module.split(".")[0] == "wandb" and top for module, top in imports(path))
+    if (ROOT / "tracking.py").exists():
+        assert not any(module.split(".")[0] == "wandb" and top for module, top in imports("tracking.py"))
 
 
 def test_traces_are_opened_in_one_place() -> None:
     """`engine/trace.py` opens traces; `engine/remote.py` opens the session that ships one of its functions whole."""
     found = set()
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
             if called in ("trace", "session", "generate", "scan", "edit"):
                 found.add((name_of(path), called))
@@ -150,43 +161,48 @@ def test_there_is_one_loop_over_patches() -> None:
     calls = [
         name_of(path)
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.Attribute) and ast.unparse(node).endswith("backend.run")
     ]
     assert calls and {name.split("/")[0] for name in calls} == {"engine"}
     assert len(calls) == 1, calls
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_what_is_shipped_imports_torch_and_what_is_shipped(name: str) -> None:
-    for module, _ in imports(ROOT / name):
-        first = module.split(".")[0]
-        if first != "interp":
-            assert first in (*sys.stdlib_module_names, "torch", "nnsight"), f"{name} imports {module}"
-            continue
-        target = module.removeprefix("interp.").replace(".", "/")
-        assert f"{target}.py" in SHIPPED, f"{name} imports {module}, which is not shipped"
+def test_what_is_shipped_imports_torch_and_what_is_shipped() -> None:
+    offenders = []
+    for name in SHIPPED:
+        for module, _ in imports(name):
+            first = module.split(".")[0]
+            target = f"{module.removeprefix('interp.').replace('.', '/')}.py"
+            if first == "interp" and target not in SHIPPED:
+                offenders.append(f"{name} imports {module}, which is not shipped")
+            elif first not in (*sys.stdlib_module_names, "torch", "nnsight", "interp"):
+                offenders.append(f"{name} imports {module}")
+    assert not offenders, "\n".join(offenders)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_file_is_read_in_one_sitting(path: Path) -> None:
-    lines = len(path.read_text().splitlines())
-    assert lines <= LONG.get(name_of(path), 300), f"{name_of(path)} has {lines} lines"
+def test_a_file_is_read_in_one_sitting() -> None:
+    lines = {name_of(path): len(path.read_text().splitlines()) for path in FILES}
+    long = {name: count for name, count in lines.items() if count > LONG.get(name, 300)}
+    assert not long, f"lines: {long}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_module_says_first_what_it_is_for(path: Path) -> None:
-    assert len(ast.get_docstring(ast.parse(path.read_text())) or "") > 20
+def test_a_module_says_first_what_it_is_for() -> None:
+    silent = [name_of(path) for path in FILES if len(ast.get_docstring(tree(path)) or "") <= 20]
+    assert not silent, silent
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_what_is_public_is_described_and_annotated(path: Path) -> None:
-    for node in ast.parse(path.read_text()).body:
-        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
-            continue
-        assert ast.get_docstring(node), f"{node.name} has no docstring"
-        if isinstance(node, ast.FunctionDef):
-            assert node.returns is not None, f"{node.name} does not say what it returns"
+def test_what_is_public_is_described_and_annotated() -> None:
+    offenders = []
+    for path in FILES:
+        for node in tree(path).body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if not ast.get_docstring(node):
+                offenders.append(f"{name_of(path)}: {node.name} has no docstring")
+            if isinstance(node, ast.FunctionDef) and node.returns is None:
+                offenders.append(f"{name_of(path)}: {node.name} does not say what it returns")
+    assert not offenders, "\n".join(offenders)
 
 
 def test_public_names() -> None:
@@ -208,7 +224,7 @@ def test_values_are_frozen() -> None:
     """All but the job, which is filled chunk by chunk while it is made."""
     thawed = []
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.ClassDef):
                 marks = [ast.unparse(mark) for mark in node.decorator_list]
                 if any(mark.startswith("dataclass") and "frozen=True" not in mark for mark in marks):

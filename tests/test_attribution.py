@@ -127,7 +127,7 @@ def test_several_pairs_are_each_of_them_alone(family: str, method: str, directio
         options: dict[str, Any] = {"method": method, "direction": direction, "steps": 2}
         whole = attribute(model, pairs, plan, max_tokens=60, **options)
         assert whole.values.dims[-1] == "pair" and whole.direction == direction
-        for pair in range(4):
+        for pair in (1, 2):  # in two blocks, one with a shared start
             alone = attribute(model, pairs[[pair]], plan, **options)
             assert float(alone.base[0]) == pytest.approx(float(whole.base[pair]), abs=1e-5)
             assert float(alone.source[0]) == pytest.approx(float(whole.source[pair]), abs=1e-5)

@@ -18,13 +18,13 @@ from interp import Model, PromptPairs
 from interp.collect import collect_activations
 from interp.errors import CheckpointError, PairsError, PlanError, SiteError
 from interp.shards import StoredActivations
-from tests.families import has, loaded, oracle_of, words
+from tests.families import activation, has, loaded, oracle_of, words
 
 TEXTS = words(9, 3, 7, 1, 9, 5, 12, 2)
 
 
 def wanted(family: str, kind: str, layer: int, texts: list[list[int]] = TEXTS) -> Tensor:
-    return torch.cat([oracle_of(family).read(text, kind, layer) for text in texts])
+    return torch.cat([activation(family, text, kind, layer) for text in texts])
 
 
 def calls_of(module: torch.nn.Module) -> tuple[list[torch.Size], Any]:

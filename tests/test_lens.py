@@ -180,22 +180,13 @@ def test_each_part_is_what_is_lost_without_it(family: str) -> None:
     for pair, prompt in enumerate(pairs.clean):
         at = pairs.answer_positions[pair]
         stream = oracle.read(prompt, "resid_post", last)
-
-        def lost(part: Tensor, prompt: Sequence[int] = prompt, stream: Tensor = stream, at: int = at) -> float:
-            """The logit difference at the answer's position with and without `part [position, d_model]`."""
-            with frozen([norm], lambda: oracle.run(prompt)):
-                rows = [oracle.run(prompt, [Patch("resid_post", last, x)])[at] for x in (stream, stream - part)]
-            rows = [torch.atanh(row.double() / cap) * cap if cap else row for row in rows]
-            return difference(rows[0], pair) - difference(rows[1], pair)  # noqa: B023
-
-        def check(got: object, part: Tensor, name: str) -> None:
-            assert float(got) == pytest.approx(lost(part), abs=1e-4), (name, pair)  # noqa: B023
-
-        check(by_component.values.sel(component="embed", layer=0)[pair], oracle.read(prompt, "resid_pre", 0), "embed")
+        parts: dict[str, tuple[object, Tensor]] = {}  # what was found, and the part `[position, d_model]`
+        found = by_component.values.sel(component="embed", layer=0)[pair]
+        parts["embed"] = (found, oracle.read(prompt, "resid_pre", 0))
         for layer in range(model.n_layers):
             for kind in ("attn_out", "mlp_out"):
-                part = oracle.read(prompt, kind, layer)
-                check(by_component.values.sel(component=kind, layer=layer)[pair], part, f"{kind} {layer}")
+                found = by_component.values.sel(component=kind, layer=layer)[pair]
+                parts[f"{kind} {layer}"] = (found, oracle.read(prompt, kind, layer))
             heads = oracle.read(prompt, "head_out", layer)
             for head in range(model.n_heads):
                 part = heads[:, head]
@@ -206,7 +197,17 @@ def test_each_part_is_what_is_lost_without_it(family: str) -> None:
                         part = whole - oracle.read(
                             prompt, "attn_out", layer, [Patch("head_out", layer, 0.0, head=head)]
                         )
-                check(by_head.values.sel(component="head_out", layer=layer, head=head)[pair], part, f"L{layer}.H{head}")
+                found = by_head.values.sel(component="head_out", layer=layer, head=head)[pair]
+                parts[f"L{layer}.H{head}"] = (found, part)
+        left = [stream, *(stream - part for _, part in parts.values())]  # the whole, and without each part
+        with frozen([norm], lambda: oracle.run(prompt)):  # noqa: B023
+            rows = oracle.run_rows(prompt, [[Patch("resid_post", last, x)] for x in left])[:, at]
+        rows = torch.atanh(rows.double() / cap) * cap if cap else rows
+        for (name, (found, _)), row in zip(parts.items(), rows[1:], strict=True):
+            assert float(found) == pytest.approx(difference(rows[0], pair) - difference(row, pair), abs=1e-4), (
+                name,
+                pair,
+            )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama_gqa", "gemma2"])

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import interp
+
 from .families import EAGER, SUPPORTED, UNSUPPORTED
 from .oracle.configs import FAMILIES
 from .tools.family_table import END, README, START, audited, family_lines
 
 ROOT = README.parent
+BUNDLED = "smollm2-135m"
 TEXT = README.read_text(encoding="utf-8")
 TABLE = TEXT.split(START)[1].split(END)[0]
 #: Rows with one model each among the tests' families, so that auditing it writes the whole line.
@@ -31,8 +34,11 @@ def expected(block: str) -> list[str]:
     return [line.split("  # ", 1)[1] for line in block.splitlines() if line.strip().startswith("print(")]
 
 
-def test_blocks_print_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_print_what_they_say(bundled: interp.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled model is the one that other tests have loaded, by this very call."""
     monkeypatch.chdir(tmp_path)
+    load = interp.load_model
+    monkeypatch.setattr(interp, "load_model", lambda *of, **more: bundled if of == (BUNDLED,) else load(*of, **more))
     names: dict[str, object] = {}
     assert len(blocks()) > 5
     for line, block in blocks():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -65,6 +66,18 @@ def cut(oracle: Oracle, ids: Sequence[int], reference: Mapping[str, Tensor], edg
         return oracle.run(ids)
 
 
+@cache
+def written(oracle: Oracle, ids: tuple[int, ...]) -> dict[str, Tensor]:
+    """`contributions` of a plain run, kept."""
+    return contributions(oracle, ids)
+
+
+@cache
+def activation(oracle: Oracle, ids: tuple[int, ...], kind: str, layer: int) -> Tensor:
+    """An activation of a plain run, kept."""
+    return oracle.read(ids, kind, layer)
+
+
 def with_edge(
     oracle: Oracle,
     ids: Sequence[int],
@@ -78,12 +91,11 @@ def with_edge(
     `mixed` (kind, layer, α) puts a site on the way from base to source: (1 - α) · base + α · source.
     """
     sender, receiver = edge
-    base, source = contributions(oracle, ids), contributions(oracle, source_ids)
-    delta = source[sender] - base[sender]
+    delta = written(oracle, tuple(source_ids))[sender] - written(oracle, tuple(ids))[sender]
     with torch.enable_grad(), ExitStack() as stack:
         if mixed is not None:
             kind, layer, alpha = mixed
-            a, b = (oracle.read(prompt, kind, layer) for prompt in (ids, source_ids))
+            a, b = (activation(oracle, tuple(prompt), kind, layer) for prompt in (ids, source_ids))
             oracle._hook(stack, kind, layer, lambda _: (a + alpha * (b - a))[None])
         _redirect(oracle, stack, receiver, lambda stream: stream + size * delta)
         return oracle.model(torch.tensor([list(ids)]), use_cache=False).logits[0]

@@ -123,7 +123,7 @@ def test_the_batch_does_not_matter(ablation: str) -> None:
     seen, stop = count_forwards(model)
     single = iterative_pruning(model, pairs=pairs, threshold=0.3, ablation_type=ablation, ahead=1, progress=False)
     passes = len(seen)
-    for ahead in (2, 5, 64):
+    for ahead in (5, 64):
         seen.clear()
         found = iterative_pruning(
             model, pairs=pairs, threshold=0.3, ablation_type=ablation, ahead=ahead, progress=False

@@ -29,7 +29,7 @@ from tests.oracle.hooks import Oracle, Patch
 
 DIRECTIONS = ("noising", "denoising")
 #: One direction in forward passes as large as they come, the other in many small ones.
-SIZES: dict[str, dict[str, int]] = {"noising": {}, "denoising": {"max_tokens": 80}}
+SIZES: dict[str, dict[str, int]] = {"noising": {}, "denoising": {"max_tokens": 200}}
 ANSWERS, DISTRACTORS = (20, 41), (33, 12)
 #: (family, attention): each family as it loads, and some whose attention is also computed another way.
 CASES = [(family, None) for family in SUPPORTED]

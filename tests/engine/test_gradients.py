@@ -52,7 +52,13 @@ class Case:
 
     def change(self, kind: str, layer: int) -> Tensor:
         """Source minus base activation."""
-        return self.oracle.read(self.source, kind, layer) - self.oracle.read(self.base, kind, layer)
+        return activation(self, "source", kind, layer) - activation(self, "base", kind, layer)
+
+
+@cache
+def activation(at: Case, side: str, kind: str, layer: int) -> Tensor:
+    """An activation of one of the two plain runs."""
+    return at.oracle.read(getattr(at, side), kind, layer)
 
 
 @cache
@@ -156,12 +162,10 @@ def patterns(at: Case, kind: str, layer: int) -> Tensor:
     """The pattern's change when one query or key of one head alone is patched: [position, item, head, query, key]."""
     value = at.oracle.read(at.source, kind, layer)
     old = at.oracle.read(at.base, "pattern", layer)
-    rows = []
-    for position in range(len(at.base)):
-        for head in range(value.shape[1]):
-            patch = Patch(kind, layer, value, (position,), head)
-            rows.append(at.oracle.read(at.base, "pattern", layer, [patch]) - old)
-    return torch.stack(rows).unflatten(0, (len(at.base), -1))
+    places = [(position, head) for position in range(len(at.base)) for head in range(value.shape[1])]
+    rows = [[Patch(kind, layer, value, (position,), head)] for position, head in places]
+    changes = at.oracle.reads_rows(at.base, [("pattern", layer)], rows)["pattern", layer] - old
+    return changes.unflatten(0, (len(at.base), -1))
 
 
 def through_softmax(at: Case, kind: str, layer: int, slope: Tensor) -> Tensor:
@@ -188,7 +192,7 @@ def test_queries_and_keys_of_a_single_layer(family: str) -> None:
 
 def mixed(at: Case, kind: str, layer: int, alpha: float) -> Patch:
     """A whole site between base and source."""
-    return Patch(kind, layer, at.oracle.read(at.base, kind, layer) + alpha * at.change(kind, layer))
+    return Patch(kind, layer, activation(at, "base", kind, layer) + alpha * at.change(kind, layer))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "olmo2", "bloom"])

@@ -264,6 +264,7 @@ def test_circuits_of_nodes_and_matrices_in_a_browser(tmp_path: Path, chromium: s
         assert not page.errors and not page.network
 
 
+@pytest.mark.slow
 def test_500_edges_stay_fluid(tmp_path: Path, chromium: str) -> None:
     """Moving the slider over 500 edges: the processor time of a step in the page, which other load leaves alone."""
     figure = plot_circuit_graph(circuit(GROUPED, n_edges=500))
