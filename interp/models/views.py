@@ -14,7 +14,11 @@ from torch import Tensor
 from ..errors import AuditError
 
 #: Classes whose forward is x·weight + bias.
-PROJECTIONS = (("torch.nn.modules.linear", "Linear"), ("transformers.pytorch_utils", "Conv1D"))
+PROJECTIONS = (
+    ("torch.nn.modules.linear", "Linear"),
+    ("transformers.pytorch_utils", "Conv1D"),
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"),  # x @ weight.T + bias, in two steps
+)
 
 
 def at(envoy: Any, path: str) -> Any:
