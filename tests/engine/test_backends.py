@@ -323,9 +323,9 @@ def test_no_worker_outlives_the_process_that_started_it(end: str) -> None:
         f"print(current_worker().process.pid, flush=True)\n{end}"
     )
     root = Path(interp.__file__).parents[1]
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=root)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=root)
     pid = int(ran.stdout)
-    for _ in range(100):
+    for _ in range(1200):
         try:
             os.kill(pid, 0)
         except ProcessLookupError:

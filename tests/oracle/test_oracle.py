@@ -49,7 +49,7 @@ WINDOWS |= {"gemma3_vision": 4, "cohere2": 4, "ministral": 4, "exaone4": 4}
 HEAD_KINDS = ("q", "k", "v", "q_rot", "k_rot", "z", "head_out", "pattern")
 CLEAN, CORRUPTED = prompts(length=9, first_difference=2)
 #: One of every way to be built: fused, split and grouped projections, norms, parallel parts, rotations, windows, biases
-#: in position, experts, a scaled branch. The other families differ from these in sizes or names alone.
+#: in position, experts, a scaled branch. The other families are put together of the same parts.
 DISTINCT = {
     *("gpt2", "gpt_neo", "gptj", "gpt_neox", "llama_gqa", "gemma2", "phi3", "olmo2", "opt", "bloom", "falcon"),
     *(

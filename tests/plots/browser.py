@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,19 @@ context.fillText = function (text, x, y, ...more) {
 """
 
 
+_kept: list[Browser] = []
+
+
+def chromium() -> Browser:
+    """The Chromium in which all pages of this process are tabs; a new one where it has ended."""
+    if not _kept or _kept[-1]._process.poll() is not None:
+        _kept.append(Browser().__enter__())
+        atexit.register(_kept[-1].__exit__)
+    return _kept[-1]
+
+
 class Page(Browser):
-    """An opened page: `errors` and `requests` collect what it logged and asked for.
+    """An opened page, a tab of its own: `errors` and `requests` collect what it logged and asked for.
 
     Args:
         path: an .html file; the page is ready when Bokeh has drawn it.
@@ -42,8 +54,16 @@ class Page(Browser):
         self.requests: list[str] = []
 
     def __enter__(self) -> Page:
-        super().__enter__()
+        host = chromium()
+        self._name, self._log, self._process = host._name, host._log, host._process
+        self._to, self._from = host._to, host._from
+        self._tab = self.call("Target.createTarget", url="about:blank")["targetId"]
         try:
+            self._session = self.call("Target.attachToTarget", targetId=self._tab, flatten=True)["sessionId"]
+            width, height = self.size
+            metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+            self.call("Emulation.setDeviceMetricsOverride", **metrics)
+            self.call("Page.enable")
             for domain in ("Runtime", "Log", "Network"):
                 self.call(f"{domain}.enable")
             self.call("Page.addScriptToEvaluateOnNewDocument", source=_RECORD_TEXT)
@@ -53,8 +73,14 @@ class Page(Browser):
             raise
         return self
 
+    def __exit__(self, *_: object) -> None:
+        self._session = None
+        self.call("Target.closeTarget", targetId=self._tab)
+
     def event(self, event: dict[str, Any]) -> None:
-        """Keep what the page logged and asked for."""
+        """Keep what the page logged and asked for; a closed tab may have a last word."""
+        if event.get("sessionId") != self._session:
+            return
         data = event.get("params", {})
         match event.get("method"):
             case "Runtime.exceptionThrown":
