@@ -20,11 +20,7 @@ NUMBERS := $(addprefix tests/,audit circuits engine models oracle tasks $(addpre
 help:
 	@echo "make demo       activation patching on the bundled real model; results under artifacts/"
 	@echo "make test       the tests that take seconds        make test-slow  the ones that take minutes"
-<<<<<<< HEAD
-	@echo "make test-kernels  tests of numbers on the kernels of other processors (about an hour)"
-=======
 	@echo "make test-kernels   the tests that compare numbers, with other processors' arithmetic (an hour)"
->>>>>>> tests
 	@echo "make gpu        tests and benchmark that need CUDA make bench      benchmarks"
 	@echo "make families   audits every family and writes the README's table"
 	@echo "make lint       ruff                               make types      mypy"
@@ -40,19 +36,6 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PY) -m pytest -n $(JOBS) --dist load -m "slow and not gpu and not ndif" $(ARGS) || test $$? -eq 5
 
-<<<<<<< HEAD
-# Other processors on this one: the tests that compare numbers, under other kernels of torch, oneDNN and MKL, with one thread and two.
-KERNELS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
-NUMBERS := tests/audit tests/engine tests/circuits tests/oracle tests/models/test_families.py tests/models/test_vision.py \
-  tests/models/test_adapters.py $(patsubst %,tests/test_%.py,patching paths ablation attribution lens collect tracing \
-  methods_simulated same_runs metrics)
-test-kernels: $(STAMP)
-	for kernel in $(KERNELS); do for threads in 1 2; do \
-	  echo "== $$kernel, $$threads thread(s)"; \
-	  env $$kernel INTERP_TEST_THREADS=$$threads $(PY) -m pytest -n $$(( $(JOBS) / threads )) --dist loadfile -q $(NUMBERS) $(ARGS) \
-	    || exit 1; \
-	done; done
-=======
 # Every setting is tried, also after one that fails; what failed is named at the end.
 test-kernels: $(STAMP)
 	@failed=; \
@@ -62,7 +45,6 @@ test-kernels: $(STAMP)
 	    $(PY) -m pytest -q -n $(JOBS) --dist loadfile $(ARGS) $(NUMBERS) || failed="$$failed $$kernel/$$threads"; \
 	done; done; \
 	test -z "$$failed" || { echo "failed with:$$failed" >&2; exit 1; }
->>>>>>> tests
 
 gpu: $(STAMP)
 	$(PY) -m pytest -m gpu || test $$? -eq 5
