@@ -115,6 +115,4 @@ class Parts:
 def kinds_of(model: Model) -> list[str]:
     """The kinds of sites that this model has inside its blocks."""
     absent = set(model.family.missing) | {"logits", "embed"}
-    if model.family.name == "falcon" and model.taps["attention"] != "eager":
-        absent.add("pattern")
     return [kind for kind in KINDS if kind not in absent]
