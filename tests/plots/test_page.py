@@ -119,7 +119,7 @@ def test_notebooks_get_the_page_in_a_frame(tmp_path: Path, chromium: str) -> Non
     (tmp_path / "notebook.html").write_text(
         "<!DOCTYPE html><html><body>" + bundle["text/html"] + "<script>"
         "const f = document.querySelector('iframe'), t = setInterval(() => {"
-        "if (f.contentDocument.documentElement.dataset.ready && f.clientHeight > 900)"
+        "if (f.contentDocument.documentElement?.dataset.ready && f.clientHeight > 900)"
         " { clearInterval(t); document.documentElement.dataset.ready = 'yes'; }}, 50)</script></body></html>"
     )
     with Page(tmp_path / "notebook.html") as page:  # ready once the frame has drawn and has grown to fit
