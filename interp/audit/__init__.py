@@ -74,7 +74,8 @@ class AuditReport:
 
 
 def _prompt(model: Model, length: int, seed: int) -> list[int]:
-    """Token ids that mean nothing, behind the model's own prefix."""
+    """Token ids that mean nothing, behind the model's own prefix; no more than the model has positions for."""
+    length = min(length, model.n_positions or length)
     generator = torch.Generator().manual_seed(seed)
     special = set(getattr(model.tokenizer, "all_special_ids", ()))
     ids = torch.randint(0, model.vocab_size, (4 * length,), generator=generator).tolist()

@@ -311,6 +311,13 @@ def test_attention_that_looks_at_one_token_only_is_a_note() -> None:
     assert "attention is saturated" in {finding.note for finding in report.findings}
 
 
+def test_a_model_of_few_positions_is_audited_on_as_many() -> None:
+    hf, tokenizer = tiny("gpt2")
+    config = type(hf.config)(**{**hf.config.to_dict(), "n_positions": 4})
+    model = interp.load_model(type(hf)(config).eval(), tokenizer=tokenizer)
+    assert not model.refused and model.audit().ok
+
+
 # --- the command -------------------------------------------------------------------------------------------
 
 
