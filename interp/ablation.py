@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -14,18 +14,22 @@ from torch import Tensor
 from .cells import Resolved
 from .edits import Edit
 from .effects import Effects
-from .engine.reading import encode_prompts, last_layer, packed, read_program
-from .engine.run import run_plan
-from .engine.schedule import token_budget
-from .engine.trace import execute
+from .encoded import EncodedPairs
+from .engine.context import Experiment, Runs, whole_views
+from .engine.program import Place, Program
+from .engine.reading import Reading, encode_prompts, last_layer, read_all, read_program, readings
+from .engine.run import run_cells
+from .engine.trace import Found
 from .engine.trial import check_metric
 from .errors import PairsError, PlanError
 from .metrics import Metric, logit_diff
+from .models.layout import part_index
 from .models.model import Model
-from .models.views import features
-from .pairs import EncodedPairs, PromptPairs
+from .options import Options, RunOptions
+from .pairs import PromptPairs
 from .plan import Plan
-from .sites import HEAD_KINDS
+from .sites import KIND
+from .views import Seen
 
 MODES = ("zero", "mean", "positional_mean", "resample", "counterfactual")
 
@@ -40,7 +44,7 @@ def ablate(
     direction: str = "noising",
     *,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> Effects:
     """Ablate every cell of a plan in the clean run of every pair; cells of several sites are ablated together.
 
@@ -71,67 +75,70 @@ def ablate(
         raise PlanError(f"unknown ablation {mode!r}; the modes are: {', '.join(MODES)}")
     if mode in ("zero", "counterfactual") and reference is not None:
         raise PlanError(f"mode {mode!r} uses no reference prompts; leave reference out, or take mode='mean'")
-    if plan.axis == "path":
-        raise PlanError("ablate changes activations, and this plan has edges between them; use path_patch")
     two_runs = mode in ("resample", "counterfactual")
     if not two_runs and direction != "noising":
         raise PlanError(f"mode {mode!r} has no second run, so no direction; leave direction={direction!r} out")
-    details: dict[str, Any] = {"mode": mode}
-    common: dict[str, Any] = {"method": "ablate", "details": details, **options}
+    how = Options.of(options)
+    details: dict[str, object] = {"mode": mode}
     if mode == "counterfactual":
-        if plan.axis == "set":
-            model.encode(pairs).require_aligned("ablation of sets")
-        return run_plan(model, pairs, plan, metric, direction, rewrite=without_edits, **common)
+        encoded = model.encode(pairs)
+        runs = Runs(encoded, direction).need_source()
+        resolved = without_edits(plan.resolve(model, encoded), encoded)
+        return run_cells(Experiment(model, runs, resolved, metric, "ablate", details), how)
+    encoded = model.encode(pairs.alone())
     references = encode_prompts(model, pairs if reference is None else reference)
     if mode != "zero":
         details["reference"] = references.digest
         details["reference_prompts"] = "own" if reference is None else len(references)
     if mode == "resample":
-        drawn = other_prompts(model, pairs, references, seed)
+        drawn = other_prompts(encoded, references, seed)
         details["resample_seed"] = seed
-        return run_plan(model, drawn, plan, metric, direction, rewrite=without_edits, **common)
-    clean = clean_only(pairs)
+        resolved = without_edits(plan.resolve(model, drawn), drawn)
+        return run_cells(Experiment(model, Runs(drawn, direction), resolved, metric, "ablate", details), how)
     details["direction"] = None
-    values: dict[tuple[int, str], Tensor | float] = {}
+    resolved = plan.resolve(model, encoded)
+    edges_refused(resolved)
+    values: dict[Place, Tensor | float] = {}
+    rounding = None
     if mode != "zero":
-        encoded = model.encode(clean)
-        sites = sites_of(plan.resolve(model, encoded))
-        common["rounding"] = check_metric(
-            metric, encoded, model.vocab_size, dtype=model.dtype
-        )  # before a mean is taken
+        sites = sites_of(resolved)
+        rounding = check_metric(metric, encoded, model.vocab_size, dtype=model.dtype)  # before a mean is taken
         length = max(map(len, encoded.clean)) if mode == "positional_mean" else None
-        values.update(means(model, references, sites, length, options.get("max_tokens")))
-
-    def constant(resolved: Resolved) -> Resolved:
-        return with_edits(resolved, lambda edit: replace(edit, op="set", value=values.get(place_of(edit), 0.0)))
-
-    return run_plan(model, clean, plan, metric, "noising", rewrite=constant, needs_source=False, **common)
+        values.update(means(model, references, sites, length, how.max_tokens, whole_views(resolved)))
+    resolved = with_edits(resolved, lambda edit: replace(edit, op="set", value=values.get(edit.site.place, 0.0)))
+    asked = Experiment(model, Runs(encoded), resolved, metric, "ablate", details, rounding=rounding)
+    return run_cells(asked, how)
 
 
-def place_of(edit: Edit) -> tuple[int, str]:
-    """Layer (-1 for the embedding) and kind of an edit's site."""
-    return (-1 if edit.site.layer is None else edit.site.layer, edit.site.kind)
+def edges_refused(resolved: Resolved) -> Resolved:
+    """The same, if it has no edges: PlanError."""
+    if any(cell.edges for cell in resolved.cells):
+        raise PlanError("ablate changes activations, and this plan has edges between them; use path_patch")
+    return resolved
 
 
-def with_edits(resolved: Resolved, change: Any) -> Resolved:
+def with_edits(resolved: Resolved, change: Callable[[Edit], Edit]) -> Resolved:
     """The same cells with every edit changed."""
+    edges_refused(resolved)
     cells = (replace(cell, edits=tuple((change(edit), place) for edit, place in cell.edits)) for cell in resolved.cells)
     return replace(resolved, cells=tuple(cells))
 
 
-def without_edits(resolved: Resolved) -> Resolved:
-    """The same cells, every site replaced by the source run's."""
+def without_edits(resolved: Resolved, encoded: EncodedPairs) -> Resolved:
+    """The same cells, every site replaced by the source run's. PairsError: positions that the source run may not have."""
+    if any(place.name is None for cell in resolved.cells for _, place in cell.edits):
+        encoded.require_aligned("ablation with a second prompt")
     return with_edits(resolved, lambda edit: Edit(edit.site))
 
 
-def sites_of(resolved: Resolved) -> list[tuple[int, str]]:
+def sites_of(resolved: Resolved) -> list[Place]:
     """Every (layer, kind) that is ablated, for which a mean must exist.
 
     Raises:
         PlanError: the mean of a pattern.
     """
-    sites = sorted({place_of(edit) for cell in resolved.cells for edit, _ in cell.edits})
-    if any(kind == "pattern" for _, kind in sites):
+    sites = sorted({edit.site.place for cell in resolved.cells for edit, _ in cell.edits})
+    if any(kind in KIND and KIND[kind].view == "pattern" for _, kind in sites):
         raise PlanError(
             "a mean attention pattern is not defined: rows attend to different numbers of positions, and prompts "
             "differ in length; ablate 'z', or take mode='zero', 'resample' or 'counterfactual'"
@@ -139,27 +146,13 @@ def sites_of(resolved: Resolved) -> list[tuple[int, str]]:
     return sites
 
 
-def clean_only(pairs: PromptPairs) -> PromptPairs:
-    """The clean run alone, with its answers and named positions."""
-    named = {name: [{"clean": row["clean"]} for row in rows] for name, rows in pairs.positions.items()}
-    return PromptPairs(
-        pairs.clean,
-        None,
-        pairs.answers,
-        pairs.distractors,
-        positions=named,
-        answer_positions=pairs.answer_positions,
-        name=pairs.name,
-    )
-
-
-def other_prompts(model: Model, pairs: PromptPairs, references: EncodedPairs, seed: int) -> PromptPairs:
+def other_prompts(encoded: EncodedPairs, references: EncodedPairs, seed: int) -> EncodedPairs:
     """The pairs with another prompt as corrupted one: of equal length, not the pair's own, drawn from a seed.
 
     Raises:
         PairsError: no such prompt among the references.
     """
-    encoded = model.encode(clean_only(pairs))
+    labels = dict(zip(references.clean, references.labels, strict=True))
     drawn = []
     for pair, prompt in enumerate(encoded.clean):
         choices = sorted({other for other in references.clean if len(other) == len(prompt) and other != prompt})
@@ -171,64 +164,68 @@ def other_prompts(model: Model, pairs: PromptPairs, references: EncodedPairs, se
             )
         own = hashlib.sha256(repr((seed, pair)).encode()).digest()
         drawn.append(random.Random(own).choice(choices))
-    named = {name: [{"clean": at, "corrupted": at} for at, _ in rows] for name, rows in encoded.positions.items()}
-    return PromptPairs(
-        encoded.clean,
-        drawn,
-        encoded.answers,
-        encoded.distractors,
-        positions=named,
-        answer_positions=encoded.answer_positions,
-        name=pairs.name,
-    )
+    return encoded.beside(drawn, [labels[prompt] for prompt in drawn])
 
 
 def means(
     model: Model,
     references: EncodedPairs,
-    sites: Sequence[tuple[int, str]],
+    sites: Sequence[Place],
     length: int | None,
-    budget: int | None = None,
-) -> dict[tuple[int, str], Tensor]:
+    max_tokens: int | None = None,
+    views: Mapping[str, Seen] | None = None,
+) -> dict[Place, Tensor]:
     """Means of sites over reference prompts: {(layer, kind): [feature], or with a length [position, feature]}, fp32.
 
-    Features are those of the tensor that the site is written in (a fused projection's, where there is one). Sums are
-    made where the model runs.
+    Features are those of the tensor that the site is written in (a fused projection's, where there is one); of a view its
+    parts. Sums are made where the model runs.
 
     Raises:
         PairsError: no reference prompt has some position below `length`.
     """
-    longest = max(map(len, references.clean))
+    prompts, views = references.clean, views or {}
+    longest = max(map(len, prompts))
     if length is not None and longest < length:
         raise PairsError(
             f"a mean at position {longest} is needed (the longest pair has {length} tokens), but the longest "
             f"reference prompt has {longest}; give longer reference prompts, or take mode='mean'"
         )
-    reads = sorted({(layer, "z" if kind == "head_out" else kind) for layer, kind in sites})
-    programs = []
-    counts = torch.zeros(length or 1)
-    for group in packed([len(prompt) for prompt in references.clean], budget or token_budget(model)):
-        prompts = [references.clean[index] for index in group]
-        width = max(map(len, prompts))
+    # a head's output is z·W_O, so its mean is the mean of z times W_O: that is what it is written through
+    through = {(layer, kind): (layer, kind if kind in views else KIND[kind].through or kind) for layer, kind in sites}
+    reads = sorted(set(through.values()))
+    taps = [(layer, views[kind].tap if kind in views else kind) for layer, kind in reads]
+    ends = [len(prompt) if length is None else min(len(prompt), length) for prompt in prompts]
+
+    def program(chosen: Sequence[int]) -> Program:
+        width = max(len(prompts[index]) for index in chosen)
         tokens = [
-            (row, width - len(prompt) + position, 0 if length is None else position)
-            for row, prompt in enumerate(prompts)
-            for position in range(len(prompt) if length is None else min(len(prompt), length))
+            (row, width - len(prompts[index]) + position, 0 if length is None else position)
+            for row, index in enumerate(chosen)
+            for position in range(ends[index])
         ]
         rows, columns, place = torch.tensor(tokens).unbind(1)
-        counts.index_add_(0, place, torch.ones(len(place)))
-        spec = {"kind": "sums", "rows": rows, "columns": columns, "place": place, "places": len(counts)}
-        programs.append({**read_program(model, prompts, reads, last=last_layer(model, reads)), "readout": spec})
-    found = model.backend.call(model, execute, model.taps, programs, None)
+        made = read_program(model, [prompts[i] for i in chosen], reads, last=last_layer(model, taps), views=views)
+        made["readout"] = {"kind": "sums", "rows": rows, "columns": columns, "place": place, "places": length or 1}
+        return made
+
+    totals: dict[Place, Tensor] = {}
+
+    def add(_: Reading, result: Found) -> None:
+        for site in reads:
+            part = result["reads"][site].double().cpu()
+            totals[site] = totals[site] + part if site in totals else part
+
+    read_all(model, readings(model, [len(prompt) for prompt in prompts], program, max_tokens), add)
+    counts = torch.tensor([sum(ends)] if length is None else [sum(end > at for end in ends) for at in range(length)])
     made = {}
-    for layer, kind in sites:
-        site = (layer, "z" if kind == "head_out" else kind)
-        total = sum(part["reads"][site].double().cpu() for part in found)
+    for site in sites:
+        layer, kind = through[site]
+        total = totals[layer, kind]
         mean = (total / counts.view(-1, *[1] * (total.ndim - 1))).float().flatten(1)  # [position or 1, feature]
-        if kind in HEAD_KINDS or kind == "mlp_pre":
-            index = features(model.taps, "z" if kind == "head_out" else kind).flatten()
+        if kind not in views and KIND[kind].view == "slice":
+            index = part_index(model.taps, kind).flatten()
             whole = mean.new_zeros(len(mean), int(index.max()) + 1)
             whole[:, index] = mean
             mean = whole
-        made[layer, kind] = mean[0] if length is None else mean
+        made[site] = mean[0] if length is None else mean
     return made

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -21,17 +22,19 @@ from tqdm.auto import tqdm
 
 from .cells import integers
 from .engine.identity import weights_digest
-from .engine.reading import last_layer, packed, read_program
+from .engine.program import Program
+from .engine.reading import Reading, last_layer, packed, read_all, read_program
 from .engine.schedule import token_budget
-from .engine.trace import execute
+from .engine.trace import Found
 from .errors import CheckpointError, PairsError, PlanError
 from .files import path_of
 from .models.model import Model
 from .pairs import PromptPairs
 from .prompts import prompts_of
 from .shards import Step, StoredActivations, begun_sizes, write_shards
-from .sites import Site
+from .sites import KIND, Site
 from .tokens import Text
+from .views import View
 
 Collected = Tensor | dict[str, Tensor]
 #: A window holds this many batches, and no more than so many bytes of activations.
@@ -45,7 +48,7 @@ class Request:
     """What is collected from each text: sites by name, positions, and how texts become prompts and batches."""
 
     model: Model
-    sites: tuple[tuple[str, tuple[int, str]], ...]  # ("L6.mlp_out", (6, "mlp_out")), …
+    sites: tuple[tuple[str, Site], ...]  # ("L6.mlp_out", Site("mlp_out", layer=6)), …
     positions: tuple[int, ...] | None
     keep_prefix: bool
     max_length: int | None
@@ -86,22 +89,28 @@ class Window:
     texts: int
 
 
+class CollectOptions(TypedDict, total=False):
+    """The keyword options of `collect_activations` that say in which form activations come back."""
+
+    padded: bool
+    index: bool
+    stream: bool
+    to_disk: str | Path | None
+    progress: bool | None
+
+
 def collect_activations(
     model: Model,
     texts: Iterable[str | Sequence[int]] | PromptPairs | str,
     layer: int | Sequence[int] | None = None,
-    component: str | Sequence[str] = "resid_post",
+    component: str | View | Sequence[str | View] = "resid_post",
     *,
     positions: int | Sequence[int] | str | None = None,
     batch_tokens: int | None = None,
     max_length: int | None = None,
     keep_prefix: bool = False,
     dtype: torch.dtype | str | None = None,
-    padded: bool = False,
-    index: bool = False,
-    stream: bool = False,
-    to_disk: str | Path | None = None,
-    progress: bool | None = None,
+    **form: Unpack[CollectOptions],
 ) -> Any:
     """Activations of texts, run in batches of similar length no further than the last layer that is needed.
 
@@ -132,6 +141,12 @@ def collect_activations(
             `pattern` (it has no row per token). PairsError: an empty text, a position that a text does not have.
         CheckpointError: the folder holds activations of another model, other texts or settings, or cannot be written.
     """
+    if unknown := set(form) - set(CollectOptions.__annotations__):
+        raise TypeError(
+            f"unexpected option {sorted(unknown)[0]!r}; the options are {', '.join(CollectOptions.__annotations__)}"
+        )
+    padded, index, stream = (bool(form.get(name)) for name in ("padded", "index", "stream"))
+    to_disk, progress = form.get("to_disk"), form.get("progress")
     if sum((padded, stream, to_disk is not None)) > 1 or (index and (padded or to_disk is not None)):
         raise PlanError("padded, stream and to_disk exclude each other; index goes with plain and streamed results")
     for name, size in (("batch_tokens", batch_tokens), ("max_length", max_length)):
@@ -142,7 +157,7 @@ def collect_activations(
         raise PlanError(f"dtype={dtype!r} is no type of torch; use e.g. torch.float16")
     sites = sites_of(model, layer, component)
     budget = batch_tokens or max(token_budget(model), CPU_BATCH if model.device.type == "cpu" else 0)
-    element = (dtype or model.dtype).itemsize * sum(width_of(model, kind) for _, (_, kind) in sites)
+    element = (dtype or model.dtype).itemsize * sum(width_of(model, site) for _, site in sites)
     request = Request(
         model,
         sites,
@@ -176,37 +191,45 @@ def collect_activations(
     return shaped(joined, several, index)
 
 
-def sites_of(model: Model, layer: Any, component: Any) -> tuple[tuple[str, tuple[int, str]], ...]:
-    """Every component at every layer, by name.
+def sites_of(model: Model, layer: Any, component: Any) -> tuple[tuple[str, Site], ...]:
+    """Every component at every layer, by name; a view of one layer at that one.
 
     Raises:
         SiteError, PlanError: one that cannot be collected.
     """
-    kinds = [component] if isinstance(component, str) else list(component)
+    components = [component] if isinstance(component, str | View) else list(component)
     layers = range(model.n_layers) if layer is None else integers(layer, "layers")
-    if named := [kind for kind in kinds if "." in kind]:
+    if named := [kind for kind in components if isinstance(kind, str) and "." in kind]:
         raise PlanError(f"{named[0]!r} names a layer: give the kind of site, and layer=")
-    kinds = [Site.parse(kind).kind if "hook" in kind else kind for kind in kinds]
-    if not kinds or not layers:
+    if not components or not layers:
         raise PlanError("collect_activations was given no layer or no component")
-    made: dict[str, tuple[int, str]] = {}
-    for kind in kinds:
-        if kind in ("pattern", "logits"):
-            instead = "use interp.lens.attention_patterns" if kind == "pattern" else "collect e.g. 'resid_post'"
+    made: dict[str, Site] = {}
+    for kind in components:
+        if isinstance(kind, View):
+            own = kind.tap.layer
+            for number in layers if own is None else [own]:
+                site = model.require(kind.site(number))
+                made[str(site)] = site
+            continue
+        kind = Site.parse(kind).kind if "hook" in kind else kind
+        facts = KIND.get(kind)
+        if facts is not None and not facts.width:
+            instead = "use interp.lens.attention_patterns" if facts.layered else "collect e.g. 'resid_post'"
             raise PlanError(f"{kind!r} cannot be collected: it is no vector of each token; {instead}")
-        for number in [None] if kind == "embed" else layers:
+        for number in layers if facts is None or facts.layered else [None]:
             site = model.require(Site(kind, layer=number))
-            made[str(site)] = (-1 if site.layer is None else site.layer, kind)
+            made[str(site)] = site
     return tuple(made.items())
 
 
-def width_of(model: Model, kind: str) -> int:
-    """How many numbers of a kind each token has."""
-    if kind in ("mlp_pre", "neuron"):
-        return model.units_of(kind)
-    if kind in ("q", "k", "v", "q_rot", "k_rot", "z"):
-        return model.heads_of(kind) * model.d_head
-    return model.n_heads * model.d_model if kind == "head_out" else model.d_model
+def width_of(model: Model, site: Site) -> int:
+    """How many numbers of a site each token has."""
+    if site.view is not None:
+        return site.view.parts
+    facts = site.facts
+    parts = model.heads_of(site.kind) if facts.axis.endswith("head") else 1
+    width = {"d_model": model.d_model, "d_head": model.d_head, "d_mlp": model.d_mlp or 0}[facts.width]
+    return parts * width
 
 
 def places_of(positions: Any) -> tuple[int, ...] | None:
@@ -264,36 +287,36 @@ def prompt_of(request: Request, number: int, ids: tuple[int, ...], string: bool)
 
 def run_window(request: Request, prompts: Sequence[Prompt]) -> Window:
     """The activations of one window, in the order of its texts."""
-    reads = [site for _, site in request.sites]
-    last = last_layer(request.model, reads)
-    starts, count = [], 0
-    for prompt in prompts:
-        starts.append(count)
-        count += len(prompt.places)
-    programs, targets = [], []
-    for group in packed([len(prompt.ids) for prompt in prompts], request.batch_tokens):
-        width = len(prompts[group[0]].ids)
+    model = request.model
+    views = {site.kind: site.view.seen() for _, site in request.sites if isinstance(site.view, View)}
+    reads = [site.place for _, site in request.sites]
+    last = last_layer(model, [(layer, views[kind].tap if kind in views else kind) for layer, kind in reads])
+    starts = [0, *accumulate(len(prompt.places) for prompt in prompts)]
+    values: dict[str, Tensor] = {}
+
+    def program(chosen: Sequence[int]) -> Program:
+        width = max(len(prompts[i].ids) for i in chosen)
         tokens = [
-            (row, width - len(prompts[i].ids) + place, starts[i] + number)
-            for row, i in enumerate(group)
-            for number, place in enumerate(prompts[i].places)
+            (row, width - len(prompts[i].ids) + place) for row, i in enumerate(chosen) for place in prompts[i].places
         ]
-        if not tokens:
-            continue
-        rows, columns, target = torch.tensor(tokens).unbind(1)
-        spec = {"kind": "tokens", "rows": rows, "columns": columns}
-        ids = [prompts[i].ids for i in group]
-        programs.append({**read_program(request.model, ids, reads, last=last), "readout": spec})
-        targets.append(target)
-    model, values = request.model, {}
-    found = model.backend.call(model, execute, model.taps, programs, None) if programs else []
-    for name, site in request.sites:
-        for part, target in zip(found, targets, strict=True):
-            value = part["reads"].pop(site).to("cpu", request.dtype)
+        rows, columns = torch.tensor(tokens).reshape(-1, 2).unbind(1)
+        made = read_program(model, [prompts[i].ids for i in chosen], reads, last=last, views=views)
+        made["readout"] = {"kind": "tokens", "rows": rows, "columns": columns}
+        return made
+
+    def put(piece: Reading, result: Found) -> None:
+        target = torch.tensor([row for i in piece.asked for row in range(starts[i], starts[i + 1])], dtype=torch.long)
+        for name, site in request.sites:
+            value = result["reads"].pop(site.place).to("cpu", request.dtype)
             if name not in values:
-                values[name] = value.new_empty(count, *value.shape[1:])
+                values[name] = value.new_empty(starts[-1], *value.shape[1:])
             values[name][target] = value
-        values.setdefault(name, torch.empty(0, width_of(model, site[1]), dtype=request.dtype))
+
+    groups = packed([len(prompt.ids) for prompt in prompts], request.batch_tokens)
+    pieces = [Reading.of(group, program) for group in groups if any(prompts[i].places for i in group)]
+    read_all(model, pieces, put)
+    for name, site in request.sites:
+        values.setdefault(name, torch.empty(0, width_of(model, site), dtype=request.dtype))
     places = [(prompt.text, place) for prompt in prompts for place in prompt.places]
     return Window(values, torch.tensor(places, dtype=torch.int32).reshape(-1, 2), len(prompts))
 

@@ -6,19 +6,20 @@ its reader also travel to a remote server.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import PlanError
-from .sites import TABLE_KINDS, Site
+from .sites import RECEIVERS, SENDERS, Site
 
 #: "mix" moves towards the source run by a fraction; only the engine makes such edits.
 OPS = ("replace", "set", "add", "scale", "mix")
-#: Columns of the table of edits. -1 stands for "all" (column, head, unit) or "none" (source, value).
-FIELDS = ("layer", "kind", "op", "row", "source", "column", "source_column", "head", "unit", "value")
+#: Columns of the table of edits. -1 stands for "all" (column, part) or "none" (source, value); a part is a head or a unit.
+FIELDS = ("layer", "kind", "op", "row", "source", "column", "source_column", "part", "value")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Edit:
             raise PlanError(f"unknown edit {self.op!r} at {self.site}; the edits are: {', '.join(OPS[:-1])}")
         if (self.value is None) != (self.op == "replace"):
             raise PlanError(f"edit {self.op!r} at {self.site} needs {'no' if self.op == 'replace' else 'a'} value")
-        if self.site.kind == "logits":
+        if not self.site.facts.width and not self.site.facts.layered:
             raise PlanError("the logits are what the metric reads; patch 'resid_post' of the last layer instead")
 
 
@@ -62,54 +63,64 @@ class Edge:
     receiver: Site
 
     def __post_init__(self) -> None:
-        if self.sender.kind not in ("embed", "head_out", "mlp_out") or self.sender.unit is not None:
+        if self.sender.kind not in SENDERS:
             raise PlanError(f"{self.sender} cannot send; senders are 'embed', heads ('L1.H2') and MLPs ('L1.mlp')")
-        if self.receiver.kind not in ("q", "k", "v", "mlp_out", "logits"):
+        if self.receiver.kind not in RECEIVERS:
             raise PlanError(
                 f"{self.receiver} cannot receive; receivers are 'L3.H2.q', 'L3.H1.k', 'L3.H1.v', 'L3.mlp', 'logits'"
             )
         for site in (self.sender, self.receiver):
-            if site.kind in ("head_out", "q", "k", "v") and site.head is None:
+            if site.axis and site.part is None:
                 raise PlanError(f"{site} names no head; write e.g. 'L{site.layer}.H0'")
 
     def exists(self, parallel: bool) -> bool:
         """Whether the receiver reads the sender; in parallel blocks an MLP does not read the heads of its own layer."""
-        if self.sender.kind == "embed" or self.receiver.kind == "logits":
+        if self.sender.layer is None or self.receiver.layer is None:  # the embedding, the logits
             return True
-        start, end = self.sender.layer or 0, self.receiver.layer or 0
-        same = self.sender.kind == "head_out" and self.receiver.kind == "mlp_out" and not parallel
+        start, end = self.sender.layer, self.receiver.layer
+        same = bool(self.sender.axis) and not self.receiver.axis and not parallel  # a head, and the MLP of its layer
         return start < end or (start == end and same)
 
 
-def group_edits(table: Tensor) -> dict[tuple[int, str], list[dict[str, Any]]]:
-    """Split a table `[edit, field]` into batches that one indexed assignment can do: {(layer, kind): [group, …]}.
+class Group(NamedTuple):
+    """Edits of one site and operation that one indexed assignment can do: an index `[edit]` for each.
 
-    A group holds one index tensor per field, and whether it has none of its own: `everywhere`, `no_head`, `no_unit`.
+    `everywhere`, `whole`: no edit has a column, or a part, of its own.
     """
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+
+    op: str
+    everywhere: bool
+    whole: bool
+    row: Tensor
+    source: Tensor
+    column: Tensor
+    source_column: Tensor
+    part: Tensor
+    value: Tensor
+
+
+def group_edits(table: Tensor, kinds: Sequence[str]) -> dict[tuple[int, str], list[Group]]:
+    """Split a table `[edit, field]` into groups by site: {(layer, kind): [group, …]}; `kinds` are those that it numbers."""
+    groups: dict[tuple[int, str], list[Group]] = {}
     if not len(table):
         return groups
     place = {name: index for index, name in enumerate(FIELDS)}
     key = table[:, [place["layer"], place["kind"], place["op"]]]
-    key = torch.cat([key, (table[:, [place["column"], place["head"], place["unit"]]] < 0).to(key.dtype)], dim=1)
+    key = torch.cat([key, (table[:, [place["column"], place["part"]]] < 0).to(key.dtype)], dim=1)
     unique, inverse = torch.unique(key, dim=0, return_inverse=True)
-    for index, (layer, kind, op, everywhere, no_head, no_unit) in enumerate(unique.tolist()):
+    for index, (layer, kind, op, everywhere, whole) in enumerate(unique.tolist()):
         rows = table[inverse == index].long()
-        group: dict[str, Any] = {name: rows[:, position] for name, position in place.items()}
-        group.update(op=OPS[op], everywhere=bool(everywhere), no_head=bool(no_head), no_unit=bool(no_unit))
-        groups.setdefault((layer, TABLE_KINDS[kind]), []).append(group)
+        fields = [rows[:, place[name]] for name in ("row", "source", "column", "source_column", "part", "value")]
+        groups.setdefault((layer, kinds[kind]), []).append(Group(OPS[op], bool(everywhere), bool(whole), *fields))
     return groups
 
 
-def locate(group: dict[str, Any], rows: Tensor, columns: Tensor, x: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
+def locate(group: Group, rows: Tensor, columns: Tensor, x: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
     """Broadcastable indices (row, column, feature) into `x [row, position, feature]` for every edit of a group."""
     device = x.device
-    column = torch.arange(x.shape[1])[None, :] if group["everywhere"] else columns[:, None]
-    if not group["no_unit"]:
-        feature = group["unit"][:, None]
-    elif not group["no_head"]:
-        assert index is not None
-        feature = index[group["head"]]
+    column = torch.arange(x.shape[1])[None, :] if group.everywhere else columns[:, None]
+    if not group.whole:
+        feature = group.part[:, None] if index is None else index[group.part]
     elif index is not None and index.numel() != x.shape[-1]:
         feature = index.reshape(1, -1)  # one part of a fused projection
     else:
@@ -117,27 +128,27 @@ def locate(group: dict[str, Any], rows: Tensor, columns: Tensor, x: Tensor, inde
     return rows[:, None, None].to(device), column[:, :, None].to(device), feature[:, None, :].to(device)
 
 
-def apply_group(x: Tensor, group: dict[str, Any], values: Tensor | None, index: Tensor | None) -> None:
+def apply_group(x: Tensor, group: Group, values: Tensor | None, index: Tensor | None) -> None:
     """Do every edit of a group on `x [row, position, feature]`, in place.
 
-    `index [head, d_head]` says which features belong to which head; `values [value, position or 1, feature]` holds
+    `index [part, width]` says which features belong to which part; `values [value, position or 1, feature]` holds
     the constants of this site.
     """
-    target = locate(group, group["row"], group["column"], x, index)
-    if group["op"] == "replace":
-        x[target] = x[locate(group, group["source"], group["source_column"], x, index)]
+    target = locate(group, group.row, group.column, x, index)
+    if group.op == "replace":
+        x[target] = x[locate(group, group.source, group.source_column, x, index)]
         return
     assert values is not None
     none = torch.zeros(1, 1, 1, dtype=torch.long, device=x.device)
     place = none
     if values.shape[1] > 1:  # by the pair's own positions; everywhere: source_column is that of the first column
-        own = group["source_column"][:, None].to(x.device)
-        own = own + torch.arange(x.shape[1], device=x.device)[None, :] if group["everywhere"] else own
+        own = group.source_column[:, None].to(x.device)
+        own = own + torch.arange(x.shape[1], device=x.device)[None, :] if group.everywhere else own
         place = own.clamp(min=0)[:, :, None]
     feature = target[2] if values.shape[2] > 1 else none
-    value = values.to(x.device, x.dtype)[group["value"][:, None, None].to(x.device), place, feature]
-    if group["op"] == "mix":
-        other = x[locate(group, group["source"], group["source_column"], x, index)]
+    value = values.to(x.device, x.dtype)[group.value[:, None, None].to(x.device), place, feature]
+    if group.op == "mix":
+        other = x[locate(group, group.source, group.source_column, x, index)]
         x[target] = x[target] + value * (other - x[target])
         return
-    x[target] = value if group["op"] == "set" else x[target] + value if group["op"] == "add" else x[target] * value
+    x[target] = value if group.op == "set" else x[target] + value if group.op == "add" else x[target] * value

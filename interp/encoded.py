@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import zip_longest
 
@@ -35,6 +36,8 @@ class EncodedPairs:
     positions: dict[str, tuple[tuple[Tokens, Tokens], ...]]
     answer_positions: Tokens
     answer_positions_corrupted: Tokens
+    #: what records and plots call the set; two sets of the same tokens are equal whatever they are called
+    name: str = field(default="", compare=False)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -42,6 +45,17 @@ class EncodedPairs:
     def __repr__(self) -> str:
         span = f"{min(map(len, self.clean))}..{max(map(len, self.clean))}"
         return f"EncodedPairs({len(self)} pairs, {span} tokens, {'' if self.aligned else 'not '}aligned)"
+
+    def beside(self, others: Sequence[Tokens], labels: Sequence[tuple[str, ...]]) -> EncodedPairs:
+        """The clean runs with these prompts of the same lengths as the second ones, positions as in the clean ones."""
+        named = {name: tuple((clean, clean) for clean, _ in rows) for name, rows in self.positions.items()}
+        return replace(
+            self,
+            corrupted=tuple(others),
+            corrupted_labels=tuple(labels),
+            positions=named,
+            answer_positions_corrupted=self.answer_positions,
+        )
 
     @property
     def aligned(self) -> bool:
@@ -94,8 +108,9 @@ class EncodedPairs:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hex, of every field: equal for equal pairs, in any process."""
-        return hashlib.sha256(json.dumps(astuple(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256, in hex, of every field but the name: equal for equal pairs, in any process."""
+        values = [getattr(self, part.name) for part in fields(self) if part.compare]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def require_aligned(self, what: str) -> None:
         """Refuse `what`, which goes position by position, for pairs of unequal length.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,11 +12,13 @@ import xarray as xr
 
 from .cells import integers
 from .effects import Effects
+from .encoded import EncodedPairs
 from .engine.compile import token_sets
-from .engine.reading import encode_prompts, packed, read_program
+from .engine.program import Program
+from .engine.reading import Reading, encode_prompts, packed, read_all, read_program, readings
 from .engine.run import provenance
 from .engine.schedule import token_budget
-from .engine.trace import execute
+from .engine.trace import Found
 from .errors import AuditError, MetricError, PlanError, SiteError
 from .models.model import Model
 from .pairs import PromptPairs
@@ -25,8 +28,16 @@ from .tokens import Text
 
 #: Logits that one forward pass of the lens may hold at once (layers × tokens × vocabulary).
 LOGITS = 2**26
-#: A token asked for: (row, column, prompt, place in the result, next token or -1).
-Asked = tuple[int, int, int, int, int]
+
+
+class Asked(NamedTuple):
+    """A token asked for: where it is in a pass, of which prompt, its place in the result, and the token behind it or -1."""
+
+    row: int
+    column: int
+    prompt: int
+    spot: int
+    next: int
 
 
 def logit_lens(
@@ -74,29 +85,42 @@ def logit_lens(
     numbers = {name: np.full((*shape, k), np.nan, np.float32) for name in ("logit", "probability")}
     numbers |= {name: np.full(shape, np.nan, np.float32) for name in ("next_rank", "next_probability")}
     following = np.full((shape[0], shape[2]), -1)
-    programs, owners = [], []
-    for group in packed(lengths, token_budget(model)):
-        tokens = asked(encoded.clean, group, places)
-        for _, _, owner, spot, after in tokens:
-            following[owner, spot] = after
-        chunk = [encoded.clean[index] for index in group]
-        for part, some in parts(tokens, len(chosen), LOGITS // model.vocab_size):
-            at = sorted({chosen[index] for index in some} | {model.n_layers - 1})
-            rows, columns, _, _, nexts = torch.tensor(part).unbind(1)
-            spec = {"kind": "lens", "layers": [chosen[i] for i in some], "rows": rows, "columns": columns}
-            program = read_program(model, chunk, [(layer, "resid_post") for layer in at])
-            programs.append({**program, "readout": {**spec, "next": nexts, "top": k}})
-            owners.append((part, some))
-    found = model.backend.call(model, execute, model.taps, programs, None)
-    for (part, some), result in zip(owners, found, strict=True):
-        of, place = (np.array([token[field] for token in part]) for field in (2, 3))
-        has_next = np.array([token[4] >= 0 for token in part])
+
+    def tokens_of(group: Sequence[int], part: frozenset[tuple[int, int]]) -> list[Asked]:
+        """The tokens of one pass, as rows and columns of it."""
+        return [token for token in asked(encoded.clean, group, places) if (token.prompt, token.spot) in part]
+
+    def program(key: tuple[frozenset[tuple[int, int]], list[int]], group: Sequence[int]) -> Program:
+        part, some = key
+        at = sorted({chosen[index] for index in some} | {model.n_layers - 1})
+        rows, columns, _, _, nexts = torch.tensor(tokens_of(group, part)).reshape(-1, 5).unbind(1)
+        made = read_program(model, [encoded.clean[i] for i in group], [(layer, "resid_post") for layer in at])
+        layers = [chosen[index] for index in some]
+        spec = {"kind": "lens", "layers": layers, "rows": rows, "columns": columns, "next": nexts, "top": k}
+        made["readout"] = spec
+        return made
+
+    def put(piece: Reading, result: Found) -> None:
+        part, some = piece.key
+        tokens = tokens_of(piece.asked, part)
+        of, place = (np.array([token[field] for token in tokens], dtype=int) for field in (2, 3))
+        has_next = np.array([token.next >= 0 for token in tokens], dtype=bool)
         for number, index in enumerate(some):
             ids[of, index, place] = result["token"][number].numpy()
             for name, array in numbers.items():
                 value = result[name][number].float().numpy()
-                keep = has_next if name.startswith("next") else np.ones(len(part), bool)
+                keep = has_next if name.startswith("next") else np.ones(len(tokens), bool)
                 array[of[keep], index, place[keep]] = value[keep]
+
+    pieces = []
+    for group in packed(lengths, token_budget(model)):
+        tokens = asked(encoded.clean, group, places)
+        for token in tokens:
+            following[token.prompt, token.spot] = token.next
+        for some_tokens, some in parts(tokens, len(chosen), LOGITS // model.vocab_size):
+            key = (frozenset((token.prompt, token.spot) for token in some_tokens), some)
+            pieces.append(Reading.of(group, partial(program, key), key))
+    read_all(model, pieces, put)
     text = Text(model.tokenizer)
     names = {int(token): text.label(int(token)) if token >= 0 else "" for token in np.unique(ids)}
     labels = [[row[p] if -len(row) <= p < len(row) else "" for p in places] for row in encoded.labels]
@@ -135,9 +159,15 @@ def attention_patterns(
     if not chosen:
         raise PlanError("attention_patterns was given no layer")
     reads = [(layer, "pattern") for layer in sorted(set(chosen))]
-    program = {**read_program(model, encoded.clean, reads, last=max(chosen)), "want_logits": False}
-    found = model.backend.call(model, execute, model.taps, [program], None)[0]["reads"]
-    weights = np.stack([found[layer, "pattern"][0].float().cpu().numpy() for layer in chosen])
+    weights_of: Found = {}
+
+    def program(group: Sequence[int]) -> Program:
+        made = read_program(model, [encoded.clean[i] for i in group], reads, last=max(chosen))
+        made["want_logits"] = False
+        return made
+
+    read_all(model, [Reading.of([0], program)], lambda _, result: weights_of.update(result["reads"]))
+    weights = np.stack([weights_of[layer, "pattern"][0].float().cpu().numpy() for layer in chosen])
     coords = {"layer": chosen, "head": range(model.n_heads), "token": ("query", list(encoded.labels[0]))}
     return xr.DataArray(weights, coords, ("layer", "head", "query", "key"), attrs={"model": model.name})
 
@@ -152,7 +182,7 @@ def asked(prompts: Sequence[Sequence[int]], group: Sequence[int], places: Sequen
             if -len(prompt) <= position < len(prompt):
                 at = position % len(prompt)
                 after = prompt[at + 1] if at + 1 < len(prompt) else -1
-                tokens.append((row, width - len(prompt) + at, index, place, after))
+                tokens.append(Asked(row, width - len(prompt) + at, index, place, after))
     return tokens
 
 
@@ -193,34 +223,31 @@ def direct_effects(model: Model, pairs: PromptPairs, by: str = "component") -> E
         raise PlanError(f"by={by!r}; it is one of 'component', 'head', 'position'")
     if not isinstance(pairs, PromptPairs) or pairs.answers is None:
         raise MetricError("direct effects are those on the answers' logits; give PromptPairs(answers=[...])")
-    with_answers = PromptPairs(
-        pairs.clean, None, pairs.answers, pairs.distractors, answer_positions=pairs.answer_positions, name=pairs.name
-    )
-    encoded = model.encode(with_answers)
+    encoded = model.encode(pairs.alone())
     model.rests_on("direct_effects", "senders", "head")
-    kinds = ("z", "head_out", "mlp_out", "resid_pre", "resid_post", *(("pattern", "v") if by == "position" else ()))
-    for kind in kinds:
+    inside = ("z", "mlp_out", *(("pattern", "v") if by == "position" else ()))
+    ends = [(0, "resid_pre"), (model.n_layers - 1, "resid_post")]
+    for kind in ("head_out", *inside, *(kind for _, kind in ends)):
         model.require(Site(kind, layer=0))
-    layers = range(model.n_layers)
-    reads = [(0, "resid_pre"), (model.n_layers - 1, "resid_post")]
-    reads += [(layer, kind) for layer in layers for kind in kinds if kind in ("z", "mlp_out", "pattern", "v")]
-    spec = {"kind": "direct", "by_source": by == "position"}
-    programs, groups = [], packed([len(prompt) for prompt in encoded.clean], token_budget(model))
-    for group in groups:
+    reads = [*ends, *((layer, kind) for layer in range(model.n_layers) for kind in inside)]
+
+    def program(group: Sequence[int]) -> Program:
         prompts = [encoded.clean[pair] for pair in group]
         width = max(map(len, prompts))
-        program = read_program(model, prompts, reads)
-        program["at"] = torch.tensor(
-            [width - len(encoded.clean[pair]) + encoded.answer_positions[pair] for pair in group]
-        )
-        program["answers"] = token_sets(encoded.answers, group)
-        program["distractors"] = token_sets(encoded.distractors, group)
-        programs.append({**program, "readout": spec})
-    found = model.backend.call(model, execute, model.taps, programs, None)
-    return labelled(model, with_answers, encoded, by, groups, found)
+        at = [width - len(encoded.clean[pair]) + encoded.answer_positions[pair] for pair in group]
+        made = read_program(model, prompts, reads)
+        answers, distractors = (token_sets(sets, group) for sets in (encoded.answers, encoded.distractors))
+        made.update(at=torch.tensor(at), answers=answers, distractors=distractors)
+        made["readout"] = {"kind": "direct", "by_source": by == "position"}
+        return made
+
+    results: list[tuple[Sequence[int], Found]] = []
+    pieces = readings(model, [len(prompt) for prompt in encoded.clean], program)
+    read_all(model, pieces, lambda piece, result: results.append((piece.asked, result)))
+    return labelled(model, encoded, by, results)
 
 
-def labelled(model: Model, pairs: PromptPairs, encoded: Any, by: str, groups: Any, found: Any) -> Effects:
+def labelled(model: Model, encoded: EncodedPairs, by: str, results: Sequence[tuple[Sequence[int], Found]]) -> Effects:
     """The parts of every batch as one record."""
     n, lengths = len(encoded), [len(prompt) for prompt in encoded.clean]
     names = {
@@ -232,7 +259,7 @@ def labelled(model: Model, pairs: PromptPairs, encoded: Any, by: str, groups: An
     values = np.full((len(names), model.n_layers, size, n), np.nan, np.float32)
     clean = np.zeros(n, np.float32)
     at = {name: index for index, name in enumerate(names)}
-    for group, result in zip(groups, found, strict=True):
+    for group, result in results:
         part, width = result["parts"], max(lengths[pair] for pair in group)
         for row, pair in enumerate(group):
             clean[pair] = result["metric"][row]
@@ -266,7 +293,6 @@ def labelled(model: Model, pairs: PromptPairs, encoded: Any, by: str, groups: An
     record = provenance(
         model,
         encoded,
-        pairs,
         method="direct_effects",
         metric="logit_diff" if encoded.distractors is not None else "logit",
         direction=None,

@@ -154,6 +154,14 @@ class PromptPairs:
         parts: Any = (self.corrupted, self.clean, self.distractors, self.answers)
         return PromptPairs(*parts, positions=named, answer_positions=self.answer_positions, name=self.name)
 
+    def alone(self) -> PromptPairs:
+        """The clean prompts alone, with their answers and named positions."""
+        named = {name: [{"clean": row["clean"]} for row in rows] for name, rows in self.positions.items()}
+        sets = (self.answers, self.distractors)
+        return PromptPairs(
+            self.clean, None, *sets, positions=named, answer_positions=self.answer_positions, name=self.name
+        )
+
     def encode(self, tokenizer: Any, prefix_ids: Sequence[int] = (), vocab_size: int | None = None) -> EncodedPairs:
         """Tokens of every prompt and answer, and every position as an index from the pair's first token.
 
@@ -210,5 +218,5 @@ class PromptPairs:
         return EncodedPairs(
             ids["clean"], ids.get("corrupted"), sets["answers"], sets["distractors"],
             labels["clean"], labels.get("corrupted", ()), named,
-            tuple(ends["clean"]), tuple(ends.get("corrupted", ())),
+            tuple(ends["clean"]), tuple(ends.get("corrupted", ())), self.name,
         )  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from .effects import Effects
-from .engine.run import run_plan
+from .engine.context import Experiment, Runs
+from .engine.run import run_cells
 from .metrics import Metric, logit_diff
 from .models.model import Model
+from .options import Options, Path, RunOptions
 from .pairs import PromptPairs
 from .plan import Plan, grid
 
@@ -21,7 +23,7 @@ def patch(
     direction: str = "noising",
     *,
     schedule: str = "auto",
-    checkpoint: Any = None,
+    checkpoint: Path | None = None,
     progress: bool | None = None,
     max_tokens: int | None = None,
 ) -> Effects:
@@ -44,18 +46,10 @@ def patch(
         SiteError, SiteUnavailableError, AuditError, PairsError, AnswerError, PlanError, MetricError: before the model runs.
         CheckpointError: a checkpoint of something else, or one that cannot be written. BackendError: a server failed.
     """
-    return run_plan(
-        model,
-        pairs,
-        plan,
-        metric,
-        direction,
-        method="patch",
-        schedule=schedule,
-        max_tokens=max_tokens,
-        progress=progress,
-        checkpoint=checkpoint,
-    )
+    options = Options(schedule, max_tokens, progress, checkpoint)
+    encoded = model.encode(pairs)
+    runs = Runs(encoded, direction).need_source()
+    return run_cells(Experiment(model, runs, plan.resolve(model, encoded), metric, "patch"), options)
 
 
 def comprehensive_activation_patching(
@@ -66,7 +60,7 @@ def comprehensive_activation_patching(
     components: Sequence[str] = ("resid_pre", "attn_out", "mlp_out"),
     metric: Metric = logit_diff,
     direction: str = "noising",
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> Effects:
     """Patch each component at every layer and position of one pair of prompts.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from .effects import Effects
-from .engine.run import run_plan
+from .engine.context import Experiment, Runs
+from .engine.run import run_cells
 from .metrics import Metric, logit_diff
 from .models.model import EDGE_LAWS, Model
+from .options import Options, RunOptions
 from .pairs import PromptPairs
 from .plan import paths
 from .sites import Site
@@ -24,7 +26,7 @@ def path_patch(
     *,
     together: bool = False,
     through_mlps: bool = False,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> Effects:
     """Patch paths from senders to receivers (Goldowsky-Dill et al. 2023; Wang et al. 2022 with `through_mlps`).
 
@@ -46,5 +48,8 @@ def path_patch(
         SiteError, PlanError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model.
     """
     model.rests_on("path_patch", *EDGE_LAWS)
+    how = Options.of(options)
     plan = paths(senders, receivers, together=together, through_mlps=through_mlps)
-    return run_plan(model, pairs, plan, metric, direction, method="path_patch", **options)
+    encoded = model.encode(pairs)
+    runs = Runs(encoded, direction).need_source()
+    return run_cells(Experiment(model, runs, plan.resolve(model, encoded), metric, "path_patch"), how)

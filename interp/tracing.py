@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -14,20 +14,25 @@ import xarray as xr
 from .cells import Cell, Resolved
 from .edits import Edit
 from .effects import Effects
-from .engine.reading import packed, read_program
-from .engine.rows import Noise
-from .engine.run import run_plan
-from .engine.schedule import token_budget
-from .engine.trace import execute
+from .encoded import EncodedPairs
+from .engine.context import Experiment, Noise, Runs
+from .engine.program import Program
+from .engine.reading import read_all, read_program, readings
+from .engine.run import run_cells
 from .engine.trial import check_metric
 from .errors import PairsError, PlanError
 from .metrics import Metric, prob
 from .models.model import Model
-from .pairs import EncodedPairs, PromptPairs
+from .options import Options, RunOptions
+from .pairs import PromptPairs
 from .plan import grid
 
-#: Components that are restored in a window of layers: one layer of them adds too little to be seen.
-WINDOWED = ("attn_out", "mlp_out")
+
+class TraceOptions(RunOptions, total=False):
+    """The keyword options of `causal_trace`."""
+
+    seed: int
+    average: bool
 
 
 def causal_trace(
@@ -42,9 +47,7 @@ def causal_trace(
     *,
     layers: Sequence[int] | int | None = None,
     positions: Any = None,
-    seed: int = 0,
-    average: bool = True,
-    **options: Any,
+    **options: Unpack[TraceOptions],
 ) -> Effects:
     """Corrupt the subject with Gaussian noise and restore one clean activation at a time (Meng et al. 2022).
 
@@ -61,7 +64,7 @@ def causal_trace(
             that have positions.
         subject: the name of the subject's positions in `PromptPairs(positions={"subject": [...]})`.
         layers, positions: as in `grid`; None is all. Pairs of different lengths have NaN past their ends.
-        average: False keeps the samples apart, in a dimension `sample`.
+        seed: of the noise, 0 by default. average: False keeps the samples apart, in a dimension `sample`.
         options: of `patch` (schedule, checkpoint, progress, max_tokens).
 
     Returns:
@@ -71,40 +74,32 @@ def causal_trace(
     Raises:
         PairsError: the pairs name no such subject, or it is empty. PlanError: no samples, or a window below 1.
     """
+    how, seed = Options.of(options, "seed", "average"), options.get("seed", 0)
     if samples < 1 or window < 1 or noise < 0:
         raise PlanError(f"samples and window must be 1 or more, noise 0 or more; got {samples=}, {window=}, {noise=}")
     model.rests_on("causal_trace", "embed")
     encoded = model.encode(pairs)
     spans = subject_positions(encoded, subject)
-    doubled = twice(encoded, samples, pairs.name)
-    rounding = check_metric(metric, model.encode(doubled), model.vocab_size, dtype=model.dtype)
-    std = embedding_std(model, encoded.clean, spans, options.get("max_tokens"))
+    drawn = repeated(encoded, samples)
+    resolved = in_windows(grid(components, layers, positions).resolve(model, drawn), window, model.n_layers)
+    rounding = check_metric(metric, drawn, model.vocab_size, dtype=model.dtype)
+    std = embedding_std(model, encoded.clean, spans, how.max_tokens)
     at = [
         tuple((position, token_seed(seed, sample, pair, position)) for position in spans[pair])
         for sample in range(samples)
         for pair in range(len(encoded))
     ]
-    effects = run_plan(
-        model,
-        doubled,
-        grid(components, layers, positions),
-        metric,
-        "denoising",
-        method="causal_trace",
-        rounding=rounding,
-        rewrite=lambda resolved: in_windows(resolved, window, model.n_layers),
-        noise=Noise(noise * std, tuple(at)),
-        details={
-            "noise": noise,
-            "embedding_std": std,
-            "noise_seed": seed,
-            "samples": samples,
-            "window": window,
-            "subject": [list(span) for span in spans],
-        },
-        **options,
-    )
-    return by_pair(effects, len(encoded), samples, average)
+    details = {
+        "noise": noise,
+        "embedding_std": std,
+        "noise_seed": seed,
+        "samples": samples,
+        "window": window,
+        "subject": [list(span) for span in spans],
+    }
+    runs = Runs(drawn, "denoising", Noise(noise * std, tuple(at)))
+    asked = Experiment(model, runs, resolved, metric, "causal_trace", details, rounding=rounding)
+    return by_pair(run_cells(asked, how), len(encoded), samples, options.get("average", True))
 
 
 def subject_positions(encoded: EncodedPairs, subject: str) -> list[tuple[int, ...]]:
@@ -126,19 +121,22 @@ def subject_positions(encoded: EncodedPairs, subject: str) -> list[tuple[int, ..
 
 
 def embedding_std(
-    model: Model, prompts: Sequence[Sequence[int]], spans: Sequence[Sequence[int]], budget: int | None
+    model: Model, prompts: Sequence[Sequence[int]], spans: Sequence[Sequence[int]], max_tokens: int | None
 ) -> float:
     """Standard deviation of all entries of the subject tokens' embeddings, as the embedding module puts them out."""
-    programs = []
-    for group in packed([len(prompt) for prompt in prompts], budget or token_budget(model)):
-        chosen = [prompts[index] for index in group]
-        width = max(map(len, chosen))
-        tokens = [(row, width - len(prompts[i]) + at) for row, i in enumerate(group) for at in spans[i]]
+    spread: list[torch.Tensor] = []
+
+    def program(chosen: Sequence[int]) -> Program:
+        width = max(len(prompts[index]) for index in chosen)
+        tokens = [(row, width - len(prompts[i]) + at) for row, i in enumerate(chosen) for at in spans[i]]
         rows, columns = torch.tensor(tokens).unbind(1)
-        spec = {"kind": "tokens", "rows": rows, "columns": columns}
-        programs.append({**read_program(model, chosen, [(-1, "embed")], last=0), "readout": spec})
-    found = model.backend.call(model, execute, model.taps, programs, None)
-    return float(torch.cat([part["reads"][-1, "embed"].cpu() for part in found]).double().std())
+        made = read_program(model, [prompts[index] for index in chosen], [(-1, "embed")], last=0)
+        made["readout"] = {"kind": "tokens", "rows": rows, "columns": columns}
+        return made
+
+    pieces = readings(model, [len(prompt) for prompt in prompts], program, max_tokens)
+    read_all(model, pieces, lambda _, result: spread.append(result["reads"][-1, "embed"].cpu()))
+    return float(torch.cat(spread).double().std())
 
 
 def token_seed(seed: int, sample: int, pair: int, position: int) -> int:
@@ -147,20 +145,20 @@ def token_seed(seed: int, sample: int, pair: int, position: int) -> int:
     return int.from_bytes(digest[:4], "little") >> 1
 
 
-def twice(encoded: EncodedPairs, samples: int, name: str) -> PromptPairs:
+def repeated(encoded: EncodedPairs, samples: int) -> EncodedPairs:
     """Pairs whose two prompts are both the clean one, each pair as often as there are samples."""
-    named = {
-        key: [{"clean": at, "corrupted": at} for at, _ in rows] * samples for key, rows in encoded.positions.items()
-    }
-    sets = [None if part is None else list(part) * samples for part in (encoded.answers, encoded.distractors)]
-    return PromptPairs(
-        encoded.clean * samples,
-        encoded.clean * samples,
-        *sets,
+    named = {key: rows * samples for key, rows in encoded.positions.items()}
+    sets = [None if part is None else part * samples for part in (encoded.answers, encoded.distractors)]
+    times = replace(
+        encoded,
+        clean=encoded.clean * samples,
+        answers=sets[0],
+        distractors=sets[1],
+        labels=encoded.labels * samples,
         positions=named,
         answer_positions=encoded.answer_positions * samples,
-        name=name,
     )
+    return times.beside(times.clean, times.labels)
 
 
 def in_windows(resolved: Resolved, window: int, n_layers: int) -> Resolved:
@@ -170,8 +168,8 @@ def in_windows(resolved: Resolved, window: int, n_layers: int) -> Resolved:
         edits = []
         for edit, place in cell.edits:
             layer = edit.site.layer
-            around = [layer]
-            if layer is not None and edit.site.kind in WINDOWED:
+            around = [layer]  # one layer of what attention or an MLP adds is too little to be seen
+            if layer is not None and edit.site.facts.branch:
                 first = layer - window // 2
                 around = list(range(max(0, first), min(n_layers, first + window)))
             edits += [(Edit(replace(edit.site, layer=each)), place) for each in around]

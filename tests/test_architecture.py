@@ -34,7 +34,7 @@ BACKWARD = {
 #: What is sent to a server by source, and what else such a file may import. Six files at first; the engine's
 #: part has become several.
 SHIPPED = (
-    "errors.py", "sites.py", "edits.py", "metrics.py", "models/views.py", "engine/trace.py", "engine/forward.py",
+    "errors.py", "sites.py", "edits.py", "metrics.py", "models/layout.py", "engine/trace.py", "engine/forward.py",
     "engine/attention.py", "engine/state.py", "engine/readout.py", "engine/edges.py", "engine/gradients.py",
     "engine/edge_gradients.py", "engine/rotary.py",
 )  # fmt: skip

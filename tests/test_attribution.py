@@ -13,8 +13,9 @@ from torch import Tensor
 
 import interp
 from interp import Effects, Model, Plan, PromptPairs
-from interp.attribution import attribute, grad_drop, midpoints
+from interp.attribution import attribute
 from interp.edits import Edit
+from interp.engine.slopes import grad_drop, midpoints
 from interp.errors import MetricError, PairsError, PlanError, SiteError
 from interp.plan import paths
 from tests.circuits.known import Known, cancelling, linear, saturated

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from ..cells import Resolved
 from ..engine.compile import compile_chunk, gradient_program
-from ..engine.edges import receiver_index, sender_index
+from ..engine.context import Runs, context_of
 from ..engine.reading import contribution_program
-from ..engine.run import context_of
 from ..engine.trace import contributions, execute_gradients
 from ..errors import AuditError
+from ..models.layout import affine, as_it_says, at, part_index, sizes
 from ..models.model import Model
-from ..models.views import affine, as_it_says, at, features, sizes
 from ..pairs import PromptPairs
 from .parts import TOLERANCE, Finding, Parts, compare
 from .plain import MOST, TIMES, Place, Plain, probe
@@ -45,7 +44,7 @@ def check_laws(
     written = []
     for ids in (prompt, other):
         try:
-            parts, biases = contributions(model.nn, model.taps, contribution_program(model, ids))
+            ((parts, biases),) = contributions(model.nn, model.taps, [contribution_program(model, ids)], None)
         except AuditError as error:  # a projection that is no affine map
             yield Finding("senders", "law", 0, float("inf"), 0.0, str(error))
             return
@@ -126,7 +125,7 @@ def check_receivers(model: Model, plain: Plain, got: dict[tuple[int, str], Tenso
         parts = Parts(model, layer)
         x = parts.normed(family.norm1, plain.stream[layer, "attention"])
         for kind, path in zip("qkv", family.qkv, strict=True):
-            module, index = at(parts.block, path), features(taps, kind).to(x.device)
+            module, index = at(parts.block, path), part_index(taps, kind).to(x.device)
             try:
                 weight, bias = affine(module, x)
             except AuditError as error:
@@ -143,8 +142,7 @@ def check_receivers(model: Model, plain: Plain, got: dict[tuple[int, str], Tenso
 def read_by(model: Model, place: Place) -> int:
     """How many senders, the first ones in their order, are in the stream that is read at a place."""
     layer, who = place
-    after = who == "mlp" and not model.parallel  # it also reads the heads of its layer
-    return sender_index(model.taps, layer, None if after else 0)
+    return model.order.read_by(layer, who)
 
 
 @torch.no_grad()
@@ -153,7 +151,8 @@ def check_senders(model: Model, parts: Tensor, biases: Tensor, plain: Plain) -> 
     size = parts.abs().double().cumsum(0)
     total, added = parts.double().cumsum(0), biases.double()
     for place, stream in plain.stream.items():
-        count, layers = read_by(model, place), place[0] + (place[1] == "mlp" and not model.parallel)
+        count = read_by(model, place)
+        layers = place[0] + (count > model.order.sender(place[0], 0))  # an MLP reads the attention of its own layer too
         got = (total[count - 1] + added[:layers].sum(0))[None].to(stream.dtype)
         noise = plain.noise[place]
         want = stream.cpu()
@@ -167,11 +166,20 @@ def check_heads(model: Model, found: dict[tuple[int, str], Tensor]) -> Iterator[
         o, z = at(Parts(model, layer).block, model.family.o), found[layer, "z"][0]  # [position, head, d_head]
         alone = torch.eye(model.n_heads, dtype=z.dtype, device=z.device)[:, None, :, None] * z
         weight, _ = affine(o, found[layer, "z"].flatten(2))
-        by_head = weight[:, features(model.taps, "z").to(z.device)].to(z.dtype)  # [d_model, head, d_head]
+        by_head = weight[:, part_index(model.taps, "z").to(z.device)].to(z.dtype)  # [d_model, head, d_head]
         got = torch.einsum("phd,mhd->hpm", z, by_head)
         want = o(alone.flatten(2)) - o(torch.zeros_like(alone[:1].flatten(2)))
         nothing = o(torch.zeros_like(alone[:1, :1].flatten(2)))
         yield compare("senders", "law", layer, got.flatten(0, 1)[None], want.flatten(0, 1)[None], beside=[nothing[0]])
+
+
+def readers(model: Model, place: Place, apart: bool) -> tuple[int, int]:
+    """The receivers that read at a place, from the first to behind the last; `apart`: the MLP has a norm of its own."""
+    layer, who = place
+    if who != "attention":
+        return model.order.receiver(layer, who), model.order.receiver(layer, who) + 1
+    mlp = model.order.receiver(layer, "mlp")
+    return model.order.receiver(layer, "q"), mlp if apart else mlp + 1
 
 
 def check_gradients(
@@ -186,20 +194,16 @@ def check_gradients(
         yield Finding("backward", "law", 0, float("inf"), 0.0, f"autograd says: {plain.why_not}")
         return
     pairs = PromptPairs([list(prompt)], [list(other)])
-    context = context_of(model, model.encode(pairs), "noising", Resolved((), (), {}), "growing")
-    program = gradient_program(compile_chunk([], context, "rows", pairs=[0]).program, 1, [])
-    program["by_edge"] = True
+    context = context_of(model, Runs(model.encode(pairs)), Resolved((), (), {}), "growing")
+    program = gradient_program(compile_chunk([], context, "rows", pairs=[0]).program, 1, [], by_edge=True)
     try:
         scores = execute_gradients(model.nn, model.taps, [program], probe)[0]["edges"][0]  # [receiver, sender]
     except AuditError as error:
         yield Finding(law, "law", 0, float("inf"), 0.0, str(error))
         return
     for place, gradient in plain.gradient.items():
-        layer, who = place
-        first = receiver_index(model.taps, layer, {"attention": "q"}.get(who, who))
-        mlp = receiver_index(model.taps, layer, "mlp") if who != "logits" else first
-        shared = who == "attention" and (layer, "mlp") not in plain.gradient  # one norm for both
-        last = mlp if who == "attention" and not shared else mlp + 1
+        layer = place[0]
+        first, last = readers(model, place, (layer, "mlp") in plain.gradient)
         count = read_by(model, place)
         got = scores[first:last, :count].double().sum(0)
         parts, by_row = change[:count].flatten(1).double(), gradient.flatten(1).double().cpu()

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.layout import at, part_index
 from ..models.model import Model
-from ..models.views import at, features
 from ..sites import KINDS
 from .plain import MOST, TIMES
 
@@ -95,7 +95,7 @@ class Parts:
     def projected(self, kind: str, x: Tensor) -> Tensor:
         """q, k or v by head from what the projection reads: `[row, position, head, d_head]`."""
         module = at(self.block, self.family.qkv["qkv".index(kind)])
-        return module(x)[..., features(self.model.taps, kind).to(x.device)]
+        return module(x)[..., part_index(self.model.taps, kind).to(x.device)]
 
     def attn_out(self, z: Tensor) -> Tensor:
         """What attention adds to the stream, from z `[row, position, head, d_head]`."""

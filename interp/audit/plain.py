@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..engine.reading import read_program
 from ..engine.rotary import RowsAlone
+from ..models.layout import at
 from ..models.model import Model
-from ..models.views import at
 
 #: Rows that are moved by rounding. Errors of other kernels were up to 5 times what they move (docs/architecture.md).
 COPIES, TIMES = 4, 16

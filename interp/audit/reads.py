@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..engine.reading import read
 from ..errors import AuditError
+from ..models.layout import at, mix_values
 from ..models.model import Model
-from ..models.views import at, mix_values
 from .parts import Finding, Parts, compare, kinds_of
 from .plain import Plain
 

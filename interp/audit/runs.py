@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..engine.reading import entry, read
+from ..models.layout import at
 from ..models.model import Model
-from ..models.views import at
 from .parts import Finding, compare
 from .plain import Plain, logits_of, plain_run
 

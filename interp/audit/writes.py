@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..engine.reading import entry, read
+from ..models.layout import at, mix_values, part_index
 from ..models.model import Model
-from ..models.views import at, features, mix_values
-from ..sites import HEAD_KINDS, KV_KINDS
+from ..sites import HEAD_KINDS, KIND, KV_KINDS
 from .parts import Finding, Parts, compare
 from .plain import Plain, logits_from, moved_by
 from .reads import rounding_of_pattern
@@ -32,19 +32,19 @@ def check_writes(
     row_of: dict[str, int] = {}
     for kind in kinds:
         row_of[kind] = 2 + len(row_of)
-        if kind == "pattern":
+        if KIND[kind].view == "pattern":
             edits.append(entry(layer, kind, "replace", row_of[kind], source=1))
             continue
-        tensor = base[layer, "z" if kind == "head_out" else kind]
-        width = int(features(model.taps, "z" if kind == "head_out" else kind).max()) + 1 if kind in FEATURED else 0
+        tensor = base[layer, KIND[kind].through or kind]  # a head's output is written as a step of its z
+        width = int(part_index(model.taps, kind).max()) + 1 if KIND[kind].axis else 0
         step = torch.randn(width or tensor.shape[-1], generator=generator) * max(float(tensor.float().std()), 1e-2)
         values[layer, kind] = step.to(model.device, model.dtype)[None, None]
-        head = {"head": model.heads_of(kind) - 1} if kind in HEAD_KINDS else {}  # the first is alike in most layouts
+        head = {"part": model.heads_of(kind) - 1} if kind in HEAD_KINDS else {}  # the first is alike in most layouts
         edits.append(entry(layer, kind, "add", row_of[kind], column=place, source_column=place, value=0, **head))
         delta[kind] = values[layer, kind][0, 0]
     reads = [(layer, kind) for kind in (*kinds, "value")] + ([] if last else [(layer + 1, kind) for kind in "qkv"])
     origin = [0] * len(kinds)
-    stage = [layer + 1 if kind == "resid_post" else layer for kind in kinds]
+    stage = [layer + KIND[kind].stage for kind in kinds]
     order = sorted(range(len(kinds)), key=lambda index: stage[index])  # rows must join in the order of their stage
     rank = {2 + index: 2 + place for place, index in enumerate(order)}
     edits = [(*edit[:3], rank[edit[3]], *edit[4:]) for edit in edits]
@@ -61,10 +61,6 @@ def check_writes(
     )
     trial = Trial(model, layer, place, run, row_of, delta, prompt, plain)
     yield from trial.findings()
-
-
-#: Kinds that are addressed by head, or are part of a fused tensor.
-FEATURED = ("q", "k", "v", "q_rot", "k_rot", "z", "head_out", "mlp_pre")
 
 
 class Trial:
@@ -84,7 +80,7 @@ class Trial:
         self.model, self.layer, self.place, self.run = model, layer, place, run
         self.prompt, self.plain = prompt, plain
         self.row_of, self.delta, self.parts = row_of, delta, Parts(model, layer)
-        index = features(model.taps, "z")
+        index = part_index(model.taps, "z")
         self.head_delta = {
             kind: step[index[-1].to(step.device)] for kind, step in delta.items() if kind in ("z", "head_out")
         }
@@ -181,7 +177,7 @@ class Trial:
             yield self.expect(kind, before, torch.zeros_like(before), beside=[z])
             if kind == "v":
                 if "pattern" in has:
-                    step = self.delta[kind][features(model.taps, "v")[-1].to(moved.device)]
+                    step = self.delta[kind][part_index(model.taps, "v")[-1].to(moved.device)]
                     weight = self.get("pattern", None)[:, -reach:, :, self.place].transpose(1, 2)
                     yield self.expect(kind, moved[:, :, -reach:], weight[..., None] * step, beside=[z])
                 continue
@@ -217,7 +213,7 @@ class Trial:
         """Whether the model itself does nothing with the step, when a plain hook adds it to the projection's output."""
         block = f"{self.model.family.layers}.{self.layer}."
         step = torch.zeros(1, len(self.prompt), len(self.delta[kind]))
-        head = features(self.model.taps, kind)[-1]  # the head that was written
+        head = part_index(self.model.taps, kind)[-1]  # the head that was written
         step[:, self.place, head] = self.delta[kind][head].float().cpu()
         path, reader = block + self.model.family.qkv["qkv".index(kind)], block + self.model.family.o
         return not bool(moved_by(self.model, self.prompt, path, step, reader).abs().max())

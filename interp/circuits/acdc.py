@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..cells import Cell
+from ..cells import Cell, Resolved
 from ..engine.checkpoint import read_identity
+from ..engine.context import Experiment, Runs
 from ..engine.trial import check_metric
 from ..metrics import Metric
 from ..models.model import Model
-from ..pairs import PromptPairs
+from ..options import Options
 from .circuit import Circuit
-from .greedy import MOST_AHEAD, budget_of, in_turn, kept_log
+from .greedy import MOST_AHEAD, Search, kept_log, settled
 from .nodes import Facts
-from .runs import reference_of, run_masks
+from .runs import Masks
 
 
 def acdc(
     model: Model,
-    pairs: PromptPairs,
+    runs: Runs,
     metric: Metric,
     within: Circuit | None,
     threshold: float | None,
-    meta: dict[str, Any],
-    *,
-    max_tokens: int | None = None,
-    progress: bool | None = None,
+    meta: dict[str, object],
+    options: Options,
     ahead: int = MOST_AHEAD,
-    checkpoint: Any = None,
 ) -> Circuit:
     """Remove every edge whose removal, all earlier ones removed, changes the mean metric by less than the threshold.
 
@@ -39,20 +36,20 @@ def acdc(
     `greedy.in_turn`) share the layers below the receiver of its last candidate.
 
     Args:
-        checkpoint: a path; tested edges are kept and a later call continues.
+        options: with a checkpoint, tested edges are kept and a later call continues.
         ahead: the largest batch; 1 tries one at a time.
     """
-    max_tokens = budget_of(checkpoint, model, max_tokens)
+    options = settled(options, model)
     facts = Facts.of(model)
     kept = facts.mask.copy() if within is None else within.matrix(facts).copy()
     order = [(int(s), r) for r in reversed(range(len(facts.receivers))) for s in reversed(np.flatnonzero(kept[:, r]))]
-    reference = reference_of(model, pairs, "counterfactual")
-    rounding = check_metric(metric, model.encode(pairs), model.vocab_size, dtype=model.dtype)
-    options: dict[str, Any] = {"max_tokens": max_tokens, "progress": False, "rounding": rounding}
-    run = run_masks(model, pairs, [kept], "counterfactual", metric, reference=reference, **options)
+    rounding = check_metric(metric, runs.encoded, model.vocab_size, dtype=model.dtype)
+    masks = Masks(model, runs, metric, "source", rounding=rounding)
+    quiet = Options(max_tokens=options.max_tokens, progress=False)
+    run = masks.run([kept], quiet)
     current = float(run.values.mean())
-    if threshold is None and checkpoint is not None:
-        threshold = read_identity(checkpoint).get("method", {}).get("threshold")
+    if threshold is None:
+        threshold = read_identity(options.checkpoint).get("method", {}).get("threshold")
     if threshold is None:
         assert run.corrupted is not None
         threshold = 0.01 * abs(float(run.clean.mean()) - float(run.corrupted.mean()))
@@ -62,26 +59,30 @@ def acdc(
         stays = np.abs(np.nan_to_num(within.score_matrix(facts))) >= threshold
     trials = 0
 
-    def attempt(batch: Sequence[Any]) -> tuple[list[float], list[bool]]:
+    def attempt(batch: Sequence[tuple[int, int]]) -> tuple[list[float], list[bool]]:
         nonlocal trials
         trials += len(batch)
-        masks, mask, expected = [], kept, []
+        tried, mask, expected = [], kept, []
         alive = on_paths(facts, mask)
         for edge in batch:
-            masks.append(mask.copy())
-            masks[-1][edge] = False
+            tried.append(mask.copy())
+            tried[-1][edge] = False
             expected.append(bool(stays[edge] and alive[edge]))
             if not expected[-1]:
-                mask = masks[-1]
+                mask = tried[-1]
                 alive = on_paths(facts, mask) if alive[edge] else alive
-        options["trunk"] = kept if len(batch) > 2 else None
-        found = run_masks(model, pairs, masks, "counterfactual", metric, reference=reference, **options)
+        found = masks.run(tried, quiet, trunk=kept if len(batch) > 2 else None)
         return found.values.mean("pair").values.tolist(), expected
 
-    spec, tried = {"threshold": threshold}, Cell((0,), cut=kept.T.copy())
-    bar = tqdm(total=len(order), disable=None if progress is None else not progress, desc="acdc", unit="edge")
-    with bar, kept_log(checkpoint, model, pairs, metric, "acdc", spec, tried, len(order), max_tokens) as log:
-        for edge, change, value in in_turn(order, current, threshold, attempt, stays, ahead, bar, log):
+    resolved = Resolved((), (Cell((0,), cut=kept.T.copy()),), {})
+    asked = Experiment(model, runs, resolved, metric, "acdc", {"threshold": threshold})
+    shown = None if options.progress is None else not options.progress
+    with (
+        tqdm(total=len(order), disable=shown, desc="acdc", unit="edge") as bar,
+        kept_log(asked, options, len(order)) as log,
+    ):
+        search = Search(attempt, stays, threshold, ahead, bar, log)
+        for edge, change, value in search.in_turn(order, current):
             if stays[edge]:
                 scores[edge] = change
             else:

@@ -4,40 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 
 from ..cells import Cell, Resolved
 from ..effects import Effects
-from ..engine.reading import contribution_program, encode_prompts
-from ..engine.run import run_plan
+from ..encoded import EncodedPairs
+from ..engine.context import Experiment, Reference, Runs
+from ..engine.reading import Reading, contribution_program, encode_prompts, read_all
+from ..engine.run import run_cells
 from ..engine.trace import contributions
 from ..engine.trial import check_metric
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
 from ..models.model import EDGE_LAWS, Model
-from ..pairs import EncodedPairs, PromptPairs
+from ..options import Options, RunOptions
+from ..pairs import PromptPairs
 from .circuit import Circuit
 from .nodes import Facts
 
+Prompts = PromptPairs | Sequence[Any] | str
 ABLATIONS = ("counterfactual", "mean", "positional_mean", "zero")
 
 
-@dataclass(frozen=True)
-class Cells:
-    """A plan whose cells are given outright; `dim` labels them."""
-
-    dim: str
-    labels: tuple[Any, ...]
-    cells: tuple[Cell, ...]
-    spec: Mapping[str, Any]
-
-    def resolve(self, model: Any, encoded: EncodedPairs) -> Resolved:
-        """The cells as they are; pairs must be aligned."""
-        encoded.require_aligned("a circuit")
-        return Resolved(((self.dim, self.labels),), self.cells, dict(self.spec))
+def given_cells(
+    encoded: EncodedPairs, dim: str, labels: Sequence[object], cells: Sequence[Cell], spec: Mapping[str, object]
+) -> Resolved:
+    """Cells that are given outright, labelled along one dim. PairsError: pairs that are not aligned."""
+    encoded.require_aligned("a circuit")
+    return Resolved(((dim, tuple(labels)),), tuple(cells), dict(spec))
 
 
 def check_ablation(ablation: str, pairs: PromptPairs) -> None:
@@ -49,8 +46,8 @@ def check_ablation(ablation: str, pairs: PromptPairs) -> None:
 
 
 def reference_of(
-    model: Model, pairs: PromptPairs, ablation: str, reference: Any = None, metric: Metric | None = None
-) -> Any:
+    model: Model, pairs: PromptPairs, ablation: str, reference: Prompts | None = None, metric: Metric | None = None
+) -> Reference:
     """What stands in for a cut edge: the source run, zero, or mean contributions over reference prompts.
 
     Means are over the reference prompts (the pairs' own clean ones by default) and, for "mean", their positions. What is
@@ -77,16 +74,17 @@ def reference_of(
                 + "; use ablation='mean'"
             )
         prompts = tuple(prompt[:length] for prompt in prompts)  # what follows does not change what came before
-    total: torch.Tensor | None = None
-    count = 0
-    for prompt in prompts:
-        parts, _ = model.backend.call(model, contributions, model.taps, contribution_program(model, prompt))
-        parts = parts.double()  # a running sum in bf16 would stop growing
-        part = parts if ablation == "positional_mean" else parts.sum(1, keepdim=True)
-        total = part if total is None else total + part
-        count += 1 if ablation == "positional_mean" else len(prompt)
-    assert total is not None
-    return (total / count).float()
+    by_position = ablation == "positional_mean"
+    sums: list[torch.Tensor] = []
+
+    def add(_: Reading, written: tuple[torch.Tensor, torch.Tensor]) -> None:
+        parts = written[0].double()  # a running sum in bf16 would stop growing
+        part = parts if by_position else parts.sum(1, keepdim=True)
+        sums[:] = [part if not sums else sums[0] + part]
+
+    make = lambda chosen: contribution_program(model, prompts[chosen[0]])  # noqa: E731
+    read_all(model, [Reading.of([number], make) for number in range(len(prompts))], add, contributions)
+    return (sums[0] / (len(prompts) if by_position else sum(map(len, prompts)))).float()
 
 
 def run_masks(
@@ -96,34 +94,60 @@ def run_masks(
     ablation: str = "counterfactual",
     metric: Metric = logit_diff,
     *,
-    labels: Sequence[Any] | None = None,
-    reference: Any = None,
-    trunk: np.ndarray | None = None,
-    **options: Any,
+    labels: Sequence[object] | None = None,
+    reference: Reference | None = None,
+    **options: Unpack[RunOptions],
 ) -> Effects:
     """The metric of several circuits given as kept-edge masks `[sender, receiver]`: dims (circuit, pair).
 
-    `reference` is what `reference_of` returned, or None to compute it. Base clean, source corrupted. `trunk` is a
-    kept-edge mask that the circuits nearly share: it is run once, and each branches off at the first layer that differs.
+    `reference` is what `reference_of` returned, or None to compute it. Base clean, source corrupted.
     """
-    facts = Facts.of(model)
-    possible = facts.mask
     source = reference_of(model, pairs, ablation) if reference is None else reference
-    shared = None if trunk is None else (possible & ~trunk).T.copy()
-    cells = tuple(Cell((i,), cut=(possible & ~mask).T.copy(), trunk=shared) for i, mask in enumerate(kept))
-    spec = {"circuits": [int(mask.sum()) for mask in kept], "ablation": ablation}
-    plan: Any = Cells("circuit", tuple(range(len(kept)) if labels is None else labels), cells, spec)
-    return run_plan(
-        model,
-        pairs,
-        plan,
-        metric,
-        "noising",
-        method="circuit",
-        reference=source,
-        needs_source=source == "source" if isinstance(source, str) else False,
-        **options,
-    )
+    encoded = model.encode(pairs)
+    return Masks(model, Runs(encoded), metric, source, ablation).run(kept, Options.of(options), labels)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Circuits of one model on the runs of some pairs, cut edges standing for `reference`."""
+
+    model: Model
+    runs: Runs
+    metric: Metric
+    reference: Reference
+    ablation: str = "counterfactual"
+    rounding: float | None = None
+
+    def run(
+        self,
+        kept: Sequence[np.ndarray],
+        options: Options,
+        labels: Sequence[object] | None = None,
+        trunk: np.ndarray | None = None,
+    ) -> Effects:
+        """The metric of circuits given as kept-edge masks `[sender, receiver]`: dims (circuit, pair).
+
+        `trunk` is a kept-edge mask that the circuits nearly share: it is run once, and each branches off at the first layer
+        that differs.
+        """
+        possible = Facts.of(self.model).mask
+        shared = None if trunk is None else (possible & ~trunk).T.copy()
+        cells = [Cell((i,), cut=(possible & ~mask).T.copy(), trunk=shared) for i, mask in enumerate(kept)]
+        spec = {"circuits": [int(mask.sum()) for mask in kept], "ablation": self.ablation}
+        names = range(len(kept)) if labels is None else labels
+        resolved = given_cells(self.runs.encoded, "circuit", list(names), cells, spec)
+        if isinstance(self.reference, str) and self.reference == "source":
+            self.runs.need_source()
+        asked = Experiment(
+            self.model, self.runs, resolved, self.metric, "circuit", reference=self.reference, rounding=self.rounding
+        )
+        return run_cells(asked, options)
+
+
+class CircuitOptions(RunOptions, total=False):
+    """The keyword options of `run_circuit`."""
+
+    reference: Prompts | None
 
 
 def run_circuit(
@@ -132,7 +156,7 @@ def run_circuit(
     circuit: Circuit | Sequence[Any],
     ablation: str = "counterfactual",
     metric: Metric = logit_diff,
-    **options: Any,
+    **options: Unpack[CircuitOptions],
 ) -> np.ndarray:
     """The metric of a circuit with all else ablated, per pair `[pair]`.
 
@@ -144,9 +168,9 @@ def run_circuit(
     Raises:
         CircuitError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model.
     """
-    prompts = options.pop("reference", None)
+    how, prompts = Options.of(options, "reference"), options.get("reference")
     reference = reference_of(model, pairs, ablation, prompts, metric)
     if not isinstance(circuit, Circuit):
         circuit = Circuit.from_nodes(circuit, model)
-    found = run_masks(model, pairs, [circuit.matrix(model)], ablation, metric, reference=reference, **options)
-    return found.values.values[0]
+    masks = Masks(model, Runs(model.encode(pairs)), metric, reference, ablation)
+    return masks.run([circuit.matrix(model)], how).values.values[0]

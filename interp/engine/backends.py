@@ -5,29 +5,39 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ..errors import BackendError
 from ..metrics import Metric
 from ..models.steady import ordinary, steady
-from .trace import execute
+from .trace import scores
 
-Done = Callable[[int, torch.Tensor], None]
+if TYPE_CHECKING:
+    from ..models.model import Model
+    from .program import Program
+
+Done = Callable[[int, Any], None]
 
 
 class Backend(Protocol):
-    """Runs programs in order and reports the metric `[scored]` of each; or any function of `engine.trace`.
+    """Runs programs in order and reports the result of each.
 
-    `weights_here`: whether the model on this machine has its weights.
+    `function` is one of `engine.trace`; by default the result is the metric `[scored]`. `weights_here`: whether the model on
+    this machine has its weights.
     """
 
     weights_here: bool
 
-    def run(self, model: Any, programs: list[dict[str, Any]], metric: Metric, done: Done) -> None: ...
-
-    def call(self, model: Any, function: Callable[..., Any], *args: Any) -> Any: ...
+    def run(
+        self,
+        model: Model,
+        programs: list[Program],
+        metric: Metric | None,
+        done: Done,
+        function: Callable[..., Any] = scores,
+    ) -> None: ...
 
 
 class Local:
@@ -35,16 +45,17 @@ class Local:
 
     weights_here = True
 
-    def run(self, model: Any, programs: list[dict[str, Any]], metric: Metric, done: Done) -> None:
-        """Every program in order; `done(index, metric [scored])` after each."""
-        report = lambda index, found: done(index, found["metric"])  # noqa: E731
+    def run(
+        self,
+        model: Model,
+        programs: list[Program],
+        metric: Metric | None,
+        done: Done,
+        function: Callable[..., Any] = scores,
+    ) -> None:
+        """Every program in order; `done(index, result)` after each."""
         with steady(model):
-            execute(model.nn, model.taps, ordinary(programs), metric, report)
-
-    def call(self, model: Any, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(model.nn, *args)`."""
-        with steady(model):
-            return function(model.nn, *ordinary(args))
+            function(model.nn, model.taps, ordinary(programs), metric, done)
 
 
 def make_backend(name: Any, source: Any, options: Mapping[str, Any] | None = None) -> Backend:

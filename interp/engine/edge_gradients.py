@@ -7,25 +7,29 @@ and torch only: these functions also travel to a remote server.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..models.views import affine, at, features
-from .edges import head_contributions, receiver_index, sender_index
+from ..models.layout import Envoy, Taps, affine, at, part_index
+from ..order import LOGITS, READERS, Order
+from .edges import head_contributions
 from .gradients import Tape, averaged, backward
 
+if TYPE_CHECKING:
+    from .program import Place, Program
 
-def edge_tapes(taps: dict[str, Any]) -> set[tuple[int, str]]:
+
+def edge_tapes(taps: Taps) -> set[Place]:
     """The sites that edge attribution tapes: what senders write, and where receivers read."""
     stream = "resid_pre" if taps["parallel"] else "resid_mid"
-    kinds = {"q", "k", "v", "z", "mlp_in", "mlp_out", "resid_pre", stream}
+    kinds = {*READERS[:3], "z", "mlp_in", "mlp_out", "resid_pre", stream}
     last = taps["n_layers"] - 1
     return {(layer, kind) for layer in range(last + 1) for kind in kinds} | {(last, "resid_post")}
 
 
-def pull_back(norm: Any, x: Tensor, cotangent: Tensor) -> Tensor:
+def pull_back(norm: Envoy, x: Tensor, cotangent: Tensor) -> Tensor:
     """Vector-Jacobian product of a norm at `x [row, position, d_model]` for many cotangents `[row, read, …]` at once."""
     if norm is None:
         return cotangent
@@ -36,11 +40,11 @@ def pull_back(norm: Any, x: Tensor, cotangent: Tensor) -> Tensor:
 
 
 def read_gradients(
-    model: Any,
-    taps: dict[str, Any],
-    program: dict[str, Any],
+    model: Envoy,
+    taps: Taps,
+    program: Program,
     tape: Tape,
-    gradients: dict[tuple[int, str], Tensor],
+    gradients: dict[Place, Tensor],
     layer: int,
 ) -> Tensor:
     """Gradient of the metric by what each receiver of a layer reads: `[pair, receiver, position, d_model]`, q, k, v, mlp."""
@@ -53,9 +57,9 @@ def read_gradients(
     where = gradients[layer, "q"].device
     entering = stream[flat.to(stream.device)].to(where)
     entering = norm(entering) if norm is not None else entering
-    for place, kind in enumerate("qkv"):
+    for place, kind in enumerate(READERS[:3]):
         gradient = gradients[layer, kind]
-        index = features(taps, kind).to(gradient.device)
+        index = part_index(taps, kind).to(gradient.device)
         by_head = gradient[flat.to(gradient.device)][..., index]
         weight, _ = affine(at(block, taps["qkv"][place]), entering)
         reads.append(torch.einsum("rphd,hdm->rhpm", by_head, weight[index]))
@@ -70,23 +74,21 @@ def read_gradients(
     return both.unflatten(0, tuple(rows.shape)).mean(1)
 
 
-def edge_scores(model: Any, taps: dict[str, Any], program: dict[str, Any], tape: Tape, total: Tensor) -> Tensor:
+def edge_scores(model: Envoy, taps: Taps, program: Program, tape: Tape, total: Tensor) -> Tensor:
     """Attributions of every edge: `[pair, receiver, sender]`; zero where there is no edge."""
     gradients = backward(tape, total, list(tape.live), retain=False)
     with torch.no_grad():  # the weights may want gradients of their own
         return combine(model, taps, program, tape, gradients)
 
 
-def combine(
-    model: Any, taps: dict[str, Any], program: dict[str, Any], tape: Tape, gradients: dict[tuple[int, str], Tensor]
-) -> Tensor:
+def combine(model: Envoy, taps: Taps, program: Program, tape: Tape, gradients: dict[Place, Tensor]) -> Tensor:
     """Δ of every sender times the gradient of every read that is downstream of it: `[pair, receiver, sender]`."""
     layers, end = at(model, taps["layers"]), taps["n_layers"]
-    base, source = program["base"], program["from"]
-    count = sender_index(taps, end - 1, None) + 1
-    out = torch.zeros(len(base), receiver_index(taps, end, "logits") + 1, count)
+    base, source = program["base"], program["source"]
+    order = Order.of(taps)
+    out = torch.zeros(len(base), order.receivers, order.senders)
     like = tape.value[0, "resid_pre"]
-    changes = like.new_empty(len(base), count, *like.shape[1:])  # of the first `written` senders
+    changes = like.new_empty(len(base), order.senders, *like.shape[1:])  # of the first `written` senders
     written = 0
 
     def record(part: Tensor) -> None:
@@ -106,14 +108,14 @@ def combine(
     record(streams(0, "resid_pre").unsqueeze(1))
     for layer in range(end):
         read = read_gradients(model, taps, program, tape, gradients, layer)
-        put(receiver_index(taps, layer, "q"), read[:, :-1])
         heads = head_contributions(taps, layers[layer], streams(layer, "z"))
+        put(order.receiver(layer, READERS[0]), read[:, :-1])
+        if not taps["parallel"]:  # the MLP reads the heads of its layer too
+            record(heads)
+        put(order.receiver(layer, "mlp"), read[:, -1:])
         if taps["parallel"]:
-            put(receiver_index(taps, layer, "mlp"), read[:, -1:])
-        record(heads)
-        if not taps["parallel"]:
-            put(receiver_index(taps, layer, "mlp"), read[:, -1:])
+            record(heads)
         record(streams(layer, "mlp_out").unsqueeze(1))
     final = gradients[end - 1, "resid_post"]
-    put(receiver_index(taps, end, "logits"), averaged(program, final).unsqueeze(1))
+    put(order.receiver(end, LOGITS), averaged(program, final).unsqueeze(1))
     return out

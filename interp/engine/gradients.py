@@ -1,35 +1,36 @@
 """Gradients inside a forward pass: what attribution needs, reduced to small tensors where the model runs.
 
-A gradient program is a program of `interp.engine.trace` without growth before layer 0, plus:
-    tape        [(layer, kind)] whose gradients are wanted
-    base, from  [pair]: rows of the two runs
-    gradient    [pair, step]: rows whose gradients are averaged for each pair (the base row itself for one step)
-    steps       {site: [pair, step]} rows that move each site by itself (ig-activations), or {}
-    by_edge     whether scores of edges are wanted instead, see `edge_gradients`
-    columns     [pair, position] the source position that belongs to each base position (or None: the same)
-    drop        layers to drop one at a time in the backward pass (GradDrop), or []
-    exact_qk    whether q and k go through the softmax exactly (AtP*)
-Standard library and torch only: these functions also travel to a remote server.
+A gradient program has rows of both runs of each pair and no growth before layer 0; its fields stand in
+`interp.engine.program`. Standard library and torch only: these functions also travel to a remote server.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..models.views import at, attention_pattern, attention_scores, features, output_matrix
+from ..models.layout import Envoy, Taps, at, attention_pattern, attention_scores, output_matrix, part_index
+from ..sites import KIND
+from .views import by_part, parts_of, pulled
+
+if TYPE_CHECKING:
+    from .program import Place, Program
+
+Gradients = dict[tuple[int, str], Tensor]
+#: Which of (query, key) is the source run's where the softmax is done exactly.
+EXCHANGED = {"pattern": (True, True), "q": (True, False), "k": (False, True)}
 
 
 class Tape:
     """Activations by site: the live tensor whose gradient is taken, and a copy of its value."""
 
-    def __init__(self, wanted: set[tuple[int, str]]) -> None:
+    def __init__(self, wanted: set[Place]) -> None:
         self.wanted = wanted
-        self.live: dict[tuple[int, str], Tensor] = {}
-        self.value: dict[tuple[int, str], Tensor] = {}
+        self.live: dict[Place, Tensor] = {}
+        self.value: dict[Place, Tensor] = {}
         self.core: dict[int, dict[str, Any]] = {}
         self.logits: Tensor | None = None  # of the scored rows, before the metric
 
@@ -46,7 +47,7 @@ class Tape:
         return x.clone() if live is None else x
 
 
-def backward(tape: Tape, total: Tensor, sites: list[tuple[int, str]], retain: bool) -> dict[tuple[int, str], Tensor]:
+def backward(tape: Tape, total: Tensor, sites: list[Place], retain: bool) -> dict[Place, Tensor]:
     """d total / d activation of every site; zero where the total does not depend on it."""
     live = [tape.live[site] for site in sites]
     found = torch.autograd.grad(total, live, allow_unused=True, retain_graph=retain)
@@ -56,15 +57,13 @@ def backward(tape: Tape, total: Tensor, sites: list[tuple[int, str]], retain: bo
     }
 
 
-def with_drops(
-    tape: Tape, total: Tensor, sites: list[tuple[int, str]], drop: list[int]
-) -> Iterator[dict[tuple[int, str], Tensor]]:
+def with_drops(tape: Tape, total: Tensor, sites: list[Place], drop: list[int]) -> Iterator[dict[Place, Tensor]]:
     """The plain gradient, then one for every dropped layer: no gradient flows back through what that layer adds."""
     yield backward(tape, total, sites, retain=bool(drop))
     dropped: list[int] = []
     hooks = []
     for (layer, kind), x in tape.live.items():
-        if drop and kind in ("attn_out", "mlp_out"):
+        if drop and KIND[kind].branch:
 
             def cut(gradient: Tensor, layer: int = layer) -> Tensor:
                 return torch.zeros_like(gradient) if dropped and dropped[-1] == layer else gradient
@@ -77,74 +76,63 @@ def with_drops(
         hook.remove()
 
 
-def difference(program: dict[str, Any], x: Tensor) -> Tensor:
+def difference(program: Program, x: Tensor) -> Tensor:
     """Source minus base activation `[pair, position, …]`, each base position against its own source position."""
-    base, source = (program[side].to(x.device) for side in ("base", "from"))
+    base, source = program["base"].to(x.device), program["source"].to(x.device)
     columns = program["columns"]
     other = x[source] if columns is None else x[source[:, None], columns.to(x.device)]
     return other - x[base]
 
 
-def averaged(program: dict[str, Any], gradient: Tensor, steps: Tensor | None = None) -> Tensor:
+def averaged(program: Program, gradient: Tensor, steps: Tensor | None = None) -> Tensor:
     """Gradients `[pair, position, …]`, averaged over the rows that belong to each pair."""
     rows = (program["gradient"] if steps is None else steps).to(gradient.device)
     return gradient[rows].mean(1)
 
 
-def by_part(taps: dict[str, Any], kind: str, x: Tensor) -> Tensor:
-    """The part of a module's tensor that carries a kind: `[row, position, head, d_head]`, or the tensor itself."""
-    if kind not in ("q", "k", "v", "z", "q_rot", "k_rot", "mlp_pre"):
-        return x
-    part = x[..., features(taps, kind).to(x.device)]
-    return part[..., 0, :] if kind == "mlp_pre" else part
-
-
-def products(
-    model: Any, taps: dict[str, Any], program: dict[str, Any], tape: Tape, gradients: dict[tuple[int, str], Tensor]
-) -> dict[tuple[int, str], Tensor]:
+def products(model: Envoy, taps: Taps, program: Program, tape: Tape, gradients: Gradients) -> Gradients:
     """(source − base) · gradient of every wanted site, summed over features.
 
-    `[pair, position]`, with a head axis for kinds by head and a unit axis for `mlp_pre` and `neuron`.
+    `[pair, position]`, with a head axis for kinds by head and a unit axis for hidden units and the parts of views.
     """
-    out = {}
-    for layer, kind in program["tape"]:
-        steps = program["steps"].get((layer, kind)) if program["steps"] else None
-        if kind == "pattern" and taps["pattern"] == "source":
-            change = difference(program, tape.value[layer, kind]) * averaged(program, gradients[layer, kind], steps)
-            out[layer, kind] = change.sum(-1).transpose(1, 2)
-            continue
-        if kind == "pattern" or (kind in ("q", "k") and program["exact_qk"]):
-            out[layer, kind] = through_softmax(taps, program, tape, gradients, layer, kind)
-            continue
-        if kind == "head_out":
-            module = at(at(model, taps["layers"])[layer], taps["o"])
-            whole = tape.value[layer, "z"]
-            z = difference(program, by_part(taps, "z", whole))
-            gradient = averaged(program, gradients[layer, "head_out"], steps)
-            by_head = output_matrix(module, features(taps, "z"), whole)
-            out[layer, kind] = torch.einsum("pthd,hdm,ptm->pth", z, by_head, gradient)
-            continue
-        change = difference(program, by_part(taps, kind, tape.value[layer, kind]))
-        product = change * averaged(program, by_part(taps, kind, gradients[layer, kind]), steps)
-        out[layer, kind] = product if kind in ("mlp_pre", "neuron") else product.sum(-1)
-    return out
+    return {site: product(model, taps, program, tape, gradients, site) for site in map(tuple, program["tape"])}
 
 
-def through_softmax(
-    taps: dict[str, Any],
-    program: dict[str, Any],
-    tape: Tape,
-    gradients: dict[tuple[int, str], Tensor],
-    layer: int,
-    kind: str,
-) -> Tensor:
+def product(model: Envoy, taps: Taps, program: Program, tape: Tape, gradients: Gradients, site: Place) -> Tensor:
+    """`products` of one site: what its view reads, times what its view makes of the gradient at its tap."""
+    layer, kind = site
+    steps = program["steps"].get(site)
+    seen = (program.get("views") or {}).get(kind)
+    if seen is not None:
+        tap = (layer, seen.tap)
+        change = difference(program, parts_of(seen, tape.value[tap]))
+        return (change * pulled(seen, averaged(program, gradients[tap], steps))).sum(-1)
+    facts = KIND[kind]
+    if facts.view == "pattern" and taps["pattern"] != "interface":
+        change = difference(program, tape.value[site]) * averaged(program, gradients[site], steps)
+        return change.sum(-1).transpose(1, 2)
+    if facts.view == "pattern" or (kind in EXCHANGED and program["exact_qk"]):
+        return through_softmax(taps, program, tape, gradients, layer, kind)
+    if facts.view == "decoder":
+        module = at(at(model, taps["layers"])[layer], taps["o"])
+        whole = tape.value[layer, facts.through]
+        by_head = output_matrix(module, part_index(taps, kind), whole)
+        change = difference(program, by_part(taps, facts.through, whole))
+        return torch.einsum("pthd,hdm,ptm->pth", change, by_head, averaged(program, gradients[site], steps))
+    change = difference(program, by_part(taps, kind, tape.value[site]))
+    made = change * averaged(program, by_part(taps, kind, gradients[site]), steps)
+    return made if facts.axis == "unit" else made.sum(-1)
+
+
+def through_softmax(taps: Taps, program: Program, tape: Tape, gradients: Gradients, layer: int, kind: str) -> Tensor:
     """Attribution of pattern rows, and of q and k with the softmax done exactly (AtP*, Kramár et al. 2024).
 
     The gradient of the pattern is that of z times v. A patched query changes its own row of the pattern; a patched key
     changes one logit of every later row, for which the new softmax has a closed form.
     """
-    core, base, source = tape.core[layer], program["base"], program["from"]
-    gz, value = by_part(taps, "z", gradients[layer, "z"]), core["value"]
+    core, base, source = tape.core[layer], program["base"], program["source"]
+    through = KIND["pattern"].through
+    gz, value = by_part(taps, through, gradients[layer, through]), core["value"]
     rows = program["gradient"].to(gz.device)  # each row's own values: mixed runs have others than the base
     v = value[rows].repeat_interleave(taps["n_heads"] // value.shape[1], dim=2)  # [pair, step, head, key, d_head]
     g = torch.einsum("psqhd,pshkd->phqk", gz[rows], v) / rows.shape[1]
@@ -154,12 +142,11 @@ def through_softmax(
         mask = core["mask"]
         return mask if mask is None or mask.shape[0] == 1 else mask[rows.to(mask.device)]
 
-    p = attention_pattern(query[base], key[base], mask_of(base), options)
-    if kind == "pattern":
-        new = attention_pattern(query[source], key[source], mask_of(source), options)
-        return ((new - p) * g).sum(-1).transpose(1, 2)
-    if kind == "q":
-        new = attention_pattern(query[source], key[base], mask_of(base), options)
+    new_query, new_key = EXCHANGED[kind]
+    if new_query:
+        p = attention_pattern(query[base], key[base], mask_of(base), options)
+        rows = source if new_key else base
+        new = attention_pattern(query[source], key[rows], mask_of(rows), options)
         return ((new - p) * g).sum(-1).transpose(1, 2)
     old, changed = (dot_products(query[base], key[rows], options) for rows in (base, source))
     change = one_key_changed(attention_scores(query[base], key[base], mask_of(base), options), changed - old, g)
@@ -200,22 +187,27 @@ def dot_products(query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
     return scores if cap is None else torch.tanh(scores / cap) * cap
 
 
-def wanted_tapes(taps: dict[str, Any], program: dict[str, Any]) -> set[tuple[int, str]]:
+def wanted_tapes(taps: Taps, program: Program) -> set[Place]:
     """Every site that must be taped for the wanted ones."""
-    found = set()
+    views = program.get("views") or {}
+    needed: set[Place] = set()
     for layer, kind in program["tape"]:
-        found.add((layer, kind))
-        softmax = kind == "pattern" and taps["pattern"] == "interface"
-        if softmax or (kind in ("q", "k") and program["exact_qk"]):
-            found.update([(layer, "pattern"), (layer, "z")])
-        if kind == "head_out":
-            found.add((layer, "z"))
+        if kind in views:
+            needed.add((layer, views[kind].tap))
+            continue
+        facts = [KIND[kind]]
+        if kind in EXCHANGED and program["exact_qk"]:
+            facts.append(KIND["pattern"])
+        for one in facts:
+            needed.add((layer, one.name))
+            if one.through and (one.view != "pattern" or taps["pattern"] == "interface"):
+                needed.add((layer, one.through))
     if program["drop"]:
-        found.update((layer, kind) for layer in range(taps["n_layers"]) for kind in ("attn_out", "mlp_out"))
-    return found
+        needed.update((layer, kind.name) for layer in range(taps["n_layers"]) for kind in KIND.values() if kind.branch)
+    return needed
 
 
-def total_of(program: dict[str, Any], scores: Tensor) -> Tensor:
+def total_of(program: Program, scores: Tensor) -> Tensor:
     """The sum of the metric over the rows whose gradients are wanted."""
     rows = program["gradient"].unique()
     if program["steps"]:
@@ -223,22 +215,20 @@ def total_of(program: dict[str, Any], scores: Tensor) -> Tensor:
     return scores[rows.to(scores.device)].sum()
 
 
-def slope(program: dict[str, Any], tape: Tape, scores: Tensor) -> float:
+def slope(program: Program, tape: Tape, scores: Tensor) -> float:
     """The largest |d metric / d logit| where gradients are taken: nothing can be estimated where this is zero."""
     assert tape.logits is not None
     (gradient,) = torch.autograd.grad(total_of(program, scores), tape.logits, retain_graph=True)
     return float(gradient.abs().max())
 
 
-def attributions(
-    model: Any, taps: dict[str, Any], program: dict[str, Any], tape: Tape, scores: Tensor
-) -> dict[tuple[int, str], Tensor]:
+def attributions(model: Envoy, taps: Taps, program: Program, tape: Tape, scores: Tensor) -> Gradients:
     """Estimated change of the metric at every site if it alone took the source run's activation.
 
     `[1 + dropped, pair, position, …]`: the plain estimate, then one for every dropped layer.
     """
     total = total_of(program, scores)
     sites = [site for site in tape.live if site in tape.wanted]
-    every = with_drops(tape, total, sites, program["drop"])
-    found = [products(model, taps, program, tape, gradients) for gradients in every]
-    return {site: torch.stack([one[site] for one in found]) for site in found[0]}
+    every = with_drops(tape, total, sites, list(program["drop"]))
+    made = [products(model, taps, program, tape, gradients) for gradients in every]
+    return {site: torch.stack([one[site] for one in made]) for site in made[0]}

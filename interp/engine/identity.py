@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import hashlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +18,7 @@ import torch
 from ..cells import Resolved
 from ..metrics import Metric
 from ..models.adapters import adapter_state
-from .rows import Context
+from .context import Context, Experiment
 
 #: Packages whose releases may change the last bits of a number.
 PACKAGES = ("interp", "torch", "transformers", "nnsight")
@@ -29,20 +29,13 @@ _BLOCK = 1024
 _PLAIN = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, torch.Tensor, np.ndarray)
 
 
-def identify(
-    model: Any,
-    context: Context,
-    resolved: Resolved,
-    metric: Metric,
-    method: str,
-    schedule: str,
-    budget: int,
-    details: Mapping[str, Any],
-) -> dict[str, Any]:
+def identify(asked: Experiment, context: Context, schedule: str, budget: int) -> dict[str, Any]:
     """Everything that the numbers of a run depend on, JSON-able and readable; long parts as digests.
 
     Reads every weight once; a model whose weights are elsewhere is known by its name and revision.
     """
+    model, encoded = asked.model, asked.runs.encoded
+    parts = [part.name for part in fields(encoded) if part.compare]
     return {
         "model": {
             "name": model.name,
@@ -51,15 +44,15 @@ def identify(
             "config": config_digest(model),
         },
         "dtype": str(model.dtype).removeprefix("torch."),
-        "plan": {**resolved.spec, "edits": edits_digest(resolved, context)},
+        "plan": {**asked.resolved.spec, "edits": edits_digest(asked.resolved, context)},
         "prompts": {
-            "pairs": len(context.encoded.clean),
-            "first": "".join(context.encoded.labels[0])[:60],
-            **{part.name: text_digest(repr(getattr(context.encoded, part.name))) for part in fields(context.encoded)},
+            "pairs": len(encoded),
+            "first": "".join(encoded.labels[0])[:60],
+            **{part: text_digest(repr(getattr(encoded, part))) for part in parts},
         },
-        "metric": {"name": metric_name(metric), "code": metric_digest(metric)},
-        "direction": context.direction,
-        "method": {"name": method, **details, "noise": text_digest(repr(context.noise))},
+        "metric": {"name": metric_name(asked.metric), "code": metric_digest(asked.metric)},
+        "direction": asked.runs.direction,
+        "method": {"name": asked.method, **asked.details, "noise": text_digest(repr(asked.runs.noise))},
         "schedule": schedule,
         "budget": budget,
         "device": model.device.type,
@@ -114,7 +107,9 @@ def edits_digest(resolved: Resolved, context: Context) -> str:
         edits = [(edit.op, str(edit.site), place, context.value_index(edit)) for edit, place in cell.edits]
         edges = [(str(edge.sender), str(edge.receiver)) for edge in cell.edges]
         digest.update(repr((cell.index, edits, edges, cell.through_mlps)).encode())
-    for part in _parts([context.reference, *(cell.cut for cell in resolved.cells if cell.cut is not None)], {}):
+    cut = [cell.cut for cell in resolved.cells if cell.cut is not None]
+    views = [(name, seen.tap, seen.read, seen.write, seen.pull, seen.tensors) for name, seen in context.views.items()]
+    for part in _parts([context.reference, *cut, *views], {}):
         digest.update(part)
     return digest.hexdigest()[:32]
 

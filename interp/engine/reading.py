@@ -1,39 +1,48 @@
-"""One forward pass that reads (and, for the audit, edits) sites by hand: the same traces as patching, no metric."""
+"""Forward passes that read sites: the same traces as patching, without a metric; by hand for the audit, through the door
+for methods."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..edits import FIELDS, OPS
+from ..encoded import EncodedPairs
+from ..metrics import Metric
 from ..models.model import Model
 from ..models.steady import steady
-from ..pairs import EncodedPairs, PromptPairs
+from ..pairs import PromptPairs
 from ..prompts import prompts_of
-from ..sites import TABLE_KINDS
+from ..sites import KIND, TABLE_KINDS
+from ..views import Seen
 from .compile import inputs_of
-from .trace import execute
+from .door import Work, do
+from .program import Place, Program
+from .schedule import token_budget
+from .trace import Found, execute
 
 
 def entry(layer: int, kind: str, op: str, row: int, **where: int) -> tuple[int, ...]:
-    """One row of the table of edits; `where` fills source, column, source_column, head, unit, value (-1 = all or none)."""
+    """One row of the table of edits; `where` fills source, column, source_column, part, value (-1 = all or none)."""
     return (layer, TABLE_KINDS.index(kind), OPS.index(op), row, *(where.get(name, -1) for name in FIELDS[4:]))
 
 
 def read_program(
     model: Model,
     prompts: Sequence[Sequence[int]],
-    reads: Iterable[tuple[int, str]] = (),
+    reads: Iterable[Place] = (),
     *,
     edits: Sequence[tuple[int, ...]] = (),
-    values: Mapping[tuple[int, str], Tensor] | None = None,
+    values: Mapping[Place, Tensor] | None = None,
     origin: Sequence[int] = (),
     stage: Sequence[int] = (),
     last: int | None = None,
-) -> dict[str, Any]:
+    views: Mapping[str, Seen] | None = None,
+) -> Program:
     """A program over prompts of token ids whose activations are returned; logits are those of each row's last token."""
     width = max(len(prompt) for prompt in prompts)
     rows = len(prompts) + len(origin)
@@ -43,6 +52,7 @@ def read_program(
         "stage": torch.tensor(list(stage), dtype=torch.long),
         "edits": torch.tensor(list(edits), dtype=torch.int32).reshape(-1, len(FIELDS)),
         "values": dict(values or {}),
+        "views": dict(views or {}),
         "reads": list(reads),
         "last": last,
         "first": 0,
@@ -56,21 +66,75 @@ def read_program(
     }
 
 
-def read(model: Model, prompts: Sequence[Sequence[int]], reads: Iterable[tuple[int, str]] = (), **more: Any) -> dict:
+def read(model: Model, prompts: Sequence[Sequence[int]], reads: Iterable[Place] = (), **more: Any) -> Found:
     """Run one such program here: {"reads": {(layer, kind): activation}, "logits": [row, d_vocab]}.
 
     Activations are `[row, position, feature]`; q, k, v, z, q_rot, k_rot and head_out `[row, position, head, feature]`;
-    pattern `[row, head, query, key]`. Rows are left-padded to the longest prompt.
+    pattern `[row, head, query, key]`; parts of a view `[row, position, part]`. Rows are left-padded to the longest prompt.
     """
     with steady(model):
         return execute(model.nn, model.taps, [read_program(model, prompts, reads, **more)], None)[0]
 
 
-def contribution_program(model: Model, prompt: Sequence[int]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Reading:
+    """A forward pass over some prompts or pairs, given by number; `make` is the program over them, `key` the asker's own."""
+
+    asked: tuple[int, ...]
+    make: Callable[[Sequence[int]], Program]
+    program: Program
+    key: Any = None
+    prepared: None = None
+    what: str = "one prompt"
+
+    @classmethod
+    def of(cls, asked: Sequence[int], make: Callable[[Sequence[int]], Program], key: Any = None) -> Reading:
+        """A reading of these prompts."""
+        return cls(tuple(asked), make, make(asked), key)
+
+    def halves(self) -> list[Reading]:
+        """The same prompts in two passes; none of one prompt."""
+        middle = len(self.asked) // 2
+        parts = (self.asked[:middle], self.asked[middle:]) if middle else ()
+        return [replace(self, asked=part, program=self.make(part)) for part in parts]
+
+    def alone(self) -> Reading:
+        """It needs no prepared run."""
+        return self
+
+
+def readings(
+    model: Model, lengths: Sequence[int], make: Callable[[Sequence[int]], Program], max_tokens: int | None = None
+) -> list[Reading]:
+    """Readings of prompts of these lengths, similar ones together, as many as fit a forward pass."""
+    return [Reading.of(group, make) for group in packed(lengths, max_tokens or token_budget(model))]
+
+
+def read_all(
+    model: Model,
+    pieces: Sequence[Reading],
+    place: Callable[[Reading, Any], None],
+    function: Callable[..., Any] = execute,
+    metric: Metric | None = None,
+    options: tuple[str, bool | None] = ("reading", False),
+) -> None:
+    """Run readings through the door; `place(piece, result)` after each. `options`: what a bar says, and whether there is one."""
+
+    def put(piece: Reading, result: Any) -> int:
+        place(piece, result)
+        return len(piece.asked)
+
+    total = sum(len(piece.asked) for piece in pieces)
+    do(model, Work(pieces, put, function, metric, total, "prompt", options[0]), options[1])
+
+
+def contribution_program(model: Model, prompt: Sequence[int]) -> Program:
     """A program over one prompt for `engine.trace.contributions`: edges are recorded, none is cut."""
     none = torch.zeros(0, dtype=torch.long)
     edges = {"mode": "cut", "rows": none, "origin": none, "mask": torch.zeros(0, 1, 1, dtype=torch.bool)}
-    return {**read_program(model, [prompt]), "edges": {**edges, "reference": "zero"}}
+    program = read_program(model, [prompt])
+    program["edges"] = {**edges, "reference": "zero"}
+    return program
 
 
 def encode_prompts(model: Model, prompts: Any) -> EncodedPairs:
@@ -83,9 +147,9 @@ def encode_prompts(model: Model, prompts: Any) -> EncodedPairs:
     )  # no answer is read: what stands last may be a special token
 
 
-def last_layer(model: Model, sites: Iterable[tuple[int, str]]) -> int:
+def last_layer(model: Model, sites: Iterable[Place]) -> int:
     """The last layer that must run for these sites; what stands behind a block is read as the next one begins."""
-    return max(max(0, layer) + (kind == "resid_post") for layer, kind in sites)
+    return max(max(0, layer) + max(0, KIND[kind].stage if kind in KIND else 0) for layer, kind in sites)
 
 
 def packed(lengths: Sequence[int], budget: int) -> list[list[int]]:

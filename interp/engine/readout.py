@@ -11,16 +11,20 @@ them in `readout`, a dictionary with `kind`:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..metrics import gather
-from ..models.views import affine, affine_parts, at, features
+from ..models.layout import Envoy, affine, affine_parts, at, part_index
+
+if TYPE_CHECKING:
+    from .program import Program
+    from .state import Run
 
 
-def readout(model: Any, run: Any) -> dict[str, Any]:
+def readout(model: Envoy, run: Run) -> dict[str, Any]:
     """What a program's `readout` asks for, after the walk through the blocks."""
     spec = run.program["readout"]
     if spec["kind"] == "lens":
@@ -37,12 +41,12 @@ def readout(model: Any, run: Any) -> dict[str, Any]:
     return {"reads": found}
 
 
-def lens_rows(run: Any, hidden: Tensor) -> Tensor:
+def lens_rows(run: Run, hidden: Tensor) -> Tensor:
     """What enters the final norm: the stream behind each layer asked for, as rows below one another."""
     return torch.cat([run.kept[layer, "resid_post"].to(hidden.device) for layer in run.program["readout"]["layers"]])
 
 
-def lens(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
+def lens(model: Envoy, run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """Top tokens and the next token's rank, `[layer, token, …]`, through the model's own norm, head and softcap."""
     head = at(model, run.taps["head"])
     hidden = head.input
@@ -63,9 +67,9 @@ def lens(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def chosen_rows(weight: Tensor, program: dict[str, Any]) -> Tensor:
+def chosen_rows(weight: Tensor, program: Program) -> Tensor:
     """Direction in the head's input that the logit difference reads `[row, d_model]`, fp32; means over sets."""
-    direction: Any = 0
+    direction = torch.zeros((), device=weight.device)
     for tokens, sign in ((program["answers"], 1), (program["distractors"], -1)):
         if tokens is not None:
             ids = tokens.to(weight.device).reshape(len(tokens), -1)
@@ -74,7 +78,7 @@ def chosen_rows(weight: Tensor, program: dict[str, Any]) -> Tensor:
     return direction
 
 
-def difference(values: Tensor, program: dict[str, Any]) -> Tensor:
+def difference(values: Tensor, program: Program) -> Tensor:
     """Answers minus distractors (where there are any) of `values [row, d_vocab]`: `[row]`."""
     out = gather(values, program["answers"].to(values.device), "mean")
     if program["distractors"] is not None:
@@ -82,7 +86,7 @@ def difference(values: Tensor, program: dict[str, Any]) -> Tensor:
     return out
 
 
-def direct(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
+def direct(model: Envoy, run: Run, spec: dict[str, Any]) -> dict[str, Any]:
     """Parts of the logit difference at the answer positions, norms frozen at their values in this run.
 
     A frozen norm is linear, so what a component adds to the logit difference is its dot product with one vector: the
@@ -96,7 +100,7 @@ def direct(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
         value = kept[layer, kind]
         return value[rows.to(value.device), columns.to(value.device)]
 
-    def pull_back(norm: Any, x: Tensor, through: Tensor) -> tuple[Tensor, Tensor]:
+    def pull_back(norm: Envoy, x: Tensor, through: Tensor) -> tuple[Tensor, Tensor]:
         """A direction in a norm's output, as one in its input at x `[row, d_model]`, and what the norm's bias adds."""
         scale, weight, bias, centred = affine_parts(norm, x)
         through = through.to(weight.device)
@@ -114,7 +118,7 @@ def direct(model: Any, run: Any, spec: dict[str, Any]) -> dict[str, Any]:
     read, norm_bias = pull_back(norm, final, direction)
     parts: dict[str, Any] = {"embed": dot(here(0, "resid_pre"), read), "norm_bias": norm_bias.cpu()}
     parts.update(head_out=[], attn_bias=[], mlp_out=[], source=[])
-    index = features(taps, "z")
+    index = part_index(taps, "z")
     for layer in range(taps["n_layers"]):
         block = at(model, taps["layers"])[layer]
         z = here(layer, "z")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nnsight
 import torch
@@ -16,7 +16,12 @@ from nnsight.tracing.backend import Backend as Transport
 
 from ..errors import BackendError, InterpError
 from ..metrics import Metric
+from ..views import Seen
 from .trace import scores
+
+if TYPE_CHECKING:
+    from ..models.model import Model
+    from .program import Program
 
 #: Tokens that one request may hold, a forward pass counting as LEAST at least: servers end long requests, and
 #: progress is reported by request.
@@ -64,6 +69,8 @@ def pack(value: Any, seen: dict[int, Any] | None = None) -> Any:
             made = {key: pack(item, seen) for key, item in value.items()}
         elif type(value) in (list, tuple):
             made = type(value)(pack(item, seen) for item in value)
+        elif isinstance(value, Seen):
+            made = Seen(*(pack(item, seen) for item in value))
         seen[id(value)] = made
     return seen[id(value)]
 
@@ -77,7 +84,7 @@ def by_source(function: Any) -> None:
         nnsight.register(root)
 
 
-def requests(programs: Sequence[dict[str, Any]], limit: int) -> list[list[int]]:
+def requests(programs: Sequence[Program], limit: int) -> list[list[int]]:
     """Which programs go into each request, by number.
 
     A program that uses a prepared run is in one request with it: the prepared run is done again where a
@@ -118,18 +125,11 @@ class Shipped:
         """The error of a request as the user should read it."""
         raise NotImplementedError
 
-    def call(self, model: Any, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(model.nn, *args)` over there: any function of `engine.trace`, on plain data and metrics.
-
-        Raises:
-            BackendError: it could not be sent, failed there, or the other side was lost.
-        """
-        self.sent = self.received = self.requests = 0
-        return self._call(model, function, args)
-
     def _call(self, model: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         nnsight.register(__name__.split(".")[0])
-        for item in (function, *args):
+        _, programs, metric = args
+        views = {id(seen): seen for program in programs for seen in (program.get("views") or {}).values()}
+        for item in (function, metric, *(part for seen in views.values() for part in seen)):
             if callable(item):
                 by_source(item)
         nnsight.ndif.pull_env()  # modules that lie beside the user's script
@@ -149,21 +149,27 @@ class Shipped:
 
     def run(
         self,
-        model: Any,
-        programs: list[dict[str, Any]],
-        metric: Metric,
-        done: Callable[[int, torch.Tensor], None],
+        model: Model,
+        programs: list[Program],
+        metric: Metric | None,
+        done: Callable[[int, Any], None],
+        function: Callable[..., Any] = scores,
     ) -> None:
-        """Run programs in as few requests as let progress be seen; only their metrics come back."""
+        """Run programs in as few requests as let progress be seen; only what `function` gives of them comes back.
+
+        Raises:
+            BackendError: a request could not be sent, failed there, or the other side was lost.
+        """
         self.sent = self.received = self.requests = 0
         finished = 0
         for group in requests(programs, self.limit):
             part = [programs[number] for number in group]
-            found = self._call(model, scores, (model.taps, part, metric))
-            each = found.split([len(program["scored"]) for program in part])
-            for number, metrics in zip(group, each, strict=True):
+            found = self._call(model, function, (model.taps, part, metric))
+            if isinstance(found, torch.Tensor):  # one number for each scored row, behind one another
+                found = found.split([len(program["scored"]) for program in part])
+            for number, result in zip(group, found, strict=True):
                 if number >= finished:  # else a prepared run, done again
-                    done(number, metrics)
+                    done(number, result)
             finished = group[-1] + 1
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.views import at
+from ..models.layout import Envoy, Taps, at
 
 
-def forget(module: Any) -> None:
+def forget(module: Envoy) -> None:
     """Put a rotary embedding back to what it is before its first run."""
     held = {**vars(module), **module._buffers}
     for name, value in held.items():
@@ -26,7 +26,7 @@ def forget(module: Any) -> None:
             setattr(module, name, module.original_max_seq_len)
 
 
-def by_row(module: Any, x: Tensor, positions: Tensor, rest: dict[str, Any]) -> Any:
+def by_row(module: Envoy, x: Tensor, positions: Tensor, rest: dict[str, Any]) -> Any:
     """What the embedding gives each row alone: positions `[row, position]` -> a tensor or tuple of `[row, position, …]`."""
     rows = positions.shape[-2]  # some have a leading axis of their own
     lengths = positions.reshape(-1, rows, positions.shape[-1]).amax((0, 2))
@@ -48,7 +48,7 @@ def by_row(module: Any, x: Tensor, positions: Tensor, rest: dict[str, Any]) -> A
     return tuple(joined(pieces) for pieces in zip(*(made for _, made in parts), strict=True))
 
 
-def hook(module: Any, args: tuple, kwargs: dict[str, Any], _: Any) -> Any:
+def hook(module: Envoy, args: tuple, kwargs: dict[str, Any], _: Any) -> Any:
     """What stands behind the embedding's own forward pass: its output, made anew row by row."""
     given = dict(zip(("x", "position_ids", "layer_type"), args, strict=False)) | kwargs
     return by_row(module, given.pop("x"), given.pop("position_ids"), given)
@@ -60,7 +60,7 @@ class RowsAlone:
     A class: functions travel to a server without their decorators.
     """
 
-    def __init__(self, model: Any, taps: dict[str, Any]) -> None:
+    def __init__(self, model: Envoy, taps: Taps) -> None:
         found = [at(model, path) for path in taps["rotary"]]
         self.modules = [getattr(one, "_module", one) for one in found]
 

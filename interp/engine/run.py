@@ -1,32 +1,28 @@
-"""The one loop over patches: plan → schedule → backend → labelled effects, with progress and checkpoints."""
+"""The one loop over patches: cells → schedule → door → labelled effects, with progress and checkpoints."""
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import xarray as xr
-from tqdm.auto import tqdm
 
-from ..cells import Resolved
 from ..effects import Effects
-from ..errors import MetricError, PlanError
+from ..encoded import EncodedPairs
+from ..errors import MetricError
 from ..metrics import Metric
 from ..models.model import Model
-from ..pairs import EncodedPairs, PromptPairs
-from ..plan import Plan
+from ..options import Options
 from ..seeds import current_seed
-from .backoff import run_parts
 from .checkpoint import Checkpoint, read_identity
+from .context import Experiment, context_of
+from .door import Work, do
 from .identity import PACKAGES, identify
-from .rows import Context, Noise, check_direction, constants
+from .parts import Part
 from .schedule import Job, choose_schedule, make_job, token_budget
 from .trial import check_metric, name_of
 
@@ -37,30 +33,30 @@ def check_runs(metric: Metric, model: Model, base: np.ndarray, source: np.ndarra
         if runs is None or np.isfinite(runs).all():
             continue
         pair = int(np.flatnonzero(~np.isfinite(runs))[0])
-        found = "NaN" if np.isnan(runs[pair]) else f"{runs[pair]}"
+        number = "NaN" if np.isnan(runs[pair]) else f"{runs[pair]}"
         raise MetricError(
-            f"metric {name_of(metric)!r} gave {found} on this model's logits (dtype {model.dtype}, pair {pair}); "
+            f"metric {name_of(metric)!r} gave {number} on this model's logits (dtype {model.dtype}, pair {pair}); "
             "check the model for overflow, or the metric"
         )
 
 
 def check_cells(metric: Metric, model: Model, values: np.ndarray, cells: Sequence[tuple[int, int]]) -> None:
     """Refuse cells (cell, pair) that are NaN, and warn once of infinite ones. MetricError."""
-    found = values[tuple(np.array(cells, dtype=int).reshape(-1, 2).T)]
-    if np.isnan(found).any():
+    numbers = values[tuple(np.array(cells, dtype=int).reshape(-1, 2).T)]
+    if np.isnan(numbers).any():
         raise MetricError(
             f"metric {name_of(metric)!r} gave NaN on this model's logits (dtype {model.dtype}); "
             "check the model for overflow, or the metric"
         )
-    if infinite := int(np.isinf(found).sum()):
+    if infinite := int(np.isinf(numbers).sum()):
         warnings.warn(
-            f"metric {name_of(metric)!r} is infinite in {infinite} of {len(found)} patched runs: means over them are infinite "
-            "too; use a metric that stays finite, such as log_prob in place of log(prob)",
+            f"metric {name_of(metric)!r} is infinite in {infinite} of {len(numbers)} patched runs: means over them are "
+            "infinite too; use a metric that stays finite, such as log_prob in place of log(prob)",
             stacklevel=4,
         )
 
 
-def provenance(model: Model, encoded: EncodedPairs, pairs: PromptPairs | None, **more: Any) -> dict[str, Any]:
+def provenance(model: Model, encoded: EncodedPairs, **more: object) -> dict[str, object]:
     """What a record needs to say where it came from."""
     labels = [list(row) for row in encoded.labels]
     return {
@@ -73,7 +69,7 @@ def provenance(model: Model, encoded: EncodedPairs, pairs: PromptPairs | None, *
         "versions": {name: version(name) for name in PACKAGES},
         "seed": current_seed(),
         "prompts": {
-            "name": pairs.name if pairs is not None else "",
+            "name": encoded.name,
             "clean": [list(prompt) for prompt in encoded.clean],
             "corrupted": None if encoded.corrupted is None else [list(prompt) for prompt in encoded.corrupted],
             "answers": None if encoded.answers is None else [list(tokens) for tokens in encoded.answers],
@@ -88,100 +84,53 @@ def provenance(model: Model, encoded: EncodedPairs, pairs: PromptPairs | None, *
     }
 
 
-def context_of(model: Model, encoded: EncodedPairs, direction: str, resolved: Resolved, schedule: str) -> Context:
-    """What compiling needs to know about this model and these pairs."""
-    from transformers import DynamicCache
-
-    base = encoded.clean if direction == "noising" or encoded.corrupted is None else encoded.corrupted
-    values, indices = constants(resolved, model.taps, max(map(len, base)))
-    cache = DynamicCache if schedule == "prefix" else None
-    cuts = {number: cell.cut for number, cell in enumerate(resolved.cells) if cell.cut is not None}
-    cuts |= {~number: cell.trunk for number, cell in enumerate(resolved.cells) if cell.trunk is not None}
-    return Context(encoded, direction, model.taps, model.accepts, cache, values, indices, cuts=cuts)
-
-
-def run_plan(
-    model: Model,
-    pairs: PromptPairs,
-    plan: Plan,
-    metric: Metric,
-    direction: str,
-    *,
-    method: str,
-    schedule: str = "auto",
-    max_tokens: int | None = None,
-    progress: bool | None = None,
-    checkpoint: Any = None,
-    needs_source: bool = True,
-    rewrite: Callable[[Resolved], Resolved] | None = None,
-    noise: Noise | None = None,
-    reference: Any = "source",
-    details: Mapping[str, Any] | None = None,
-    rounding: float | None = None,
-) -> Effects:
-    """Every cell of a plan on every pair, as `Effects`. All methods that patch come through here.
-
-    Args:
-        rewrite: what a method makes of the plan's cells (constants in place of sources, windows of layers).
-        noise: on the base run's embeddings.
-        reference: what stands in for cut edges, see `interp.engine.edges`.
-        details: facts of the method, for provenance and for the identity of a checkpoint.
-        rounding: what `check_metric` said of this metric, where the caller has asked already.
-    """
-    encoded = model.encode(pairs)
-    check_direction(direction, encoded, needs_source)
-    resolved = plan.resolve(model, encoded)
-    resolved = resolved if rewrite is None else rewrite(resolved)
-    if max_tokens is not None and max_tokens < 1:
-        raise PlanError(
-            f"max_tokens={max_tokens}: a forward pass holds at least one token; leave it out for the default"
-        )
-    begun = read_identity(checkpoint)  # what was begun goes on with the same chunks
-    schedule = choose_schedule(model, begun.get("schedule", schedule) if schedule == "auto" else schedule)
+def run_cells(asked: Experiment, options: Options | None = None) -> Effects:
+    """Every cell of an experiment on every pair, as `Effects`. All methods that patch come through here."""
+    options = options or Options()
+    model, runs, metric = asked.model, asked.runs, asked.metric
+    begun = read_identity(options.checkpoint)  # what was begun goes on with the same chunks
+    known = begun.get("schedule", options.schedule) if options.schedule == "auto" else options.schedule
+    schedule = choose_schedule(model, str(known))
+    rounding = asked.rounding
     if rounding is None:
-        rounding = check_metric(metric, encoded, model.vocab_size, dtype=model.dtype)
-    context = replace(context_of(model, encoded, direction, resolved, schedule), noise=noise, reference=reference)
-    details = dict(details or {})
-    budget = max_tokens or begun.get("budget") or token_budget(model)
-    identity = {}
-    if checkpoint is not None:  # this reads every weight
-        identity = identify(model, context, resolved, metric, method, schedule, budget, details)
-    job = make_job(resolved, context, schedule, budget, identity)
-    if checkpoint is not None:
+        rounding = check_metric(metric, runs.encoded, model.vocab_size, dtype=model.dtype)
+    context = context_of(model, runs, asked.resolved, schedule, asked.reference)
+    budget = options.max_tokens or begun.get("budget") or token_budget(model)
+    identity: Mapping[str, object] = {}
+    if options.checkpoint is not None:  # this reads every weight
+        identity = identify(asked, context, schedule, budget)
+    job = make_job(asked.resolved, context, schedule, budget, identity)
+    checkpoint = None
+    if options.checkpoint is not None:
         sizes = [len(chunk.program["scored"]) for chunk in job.chunks]
-        checkpoint = Checkpoint(checkpoint, identity, job.digest, sizes)
-    base, source, values, notes = run_job(model, job, metric, resolved, progress=progress, checkpoint=checkpoint)
-    facts = {
-        "method": method,
-        "plan": resolved.spec,
-        "metric": name_of(metric),
-        "metric_rounding": rounding,
-        "direction": direction,
-        "schedule": schedule,
-        "budget": budget,
-        "forwards": len(job.chunks) + len(job.prepare),
-        **details,
-        **notes,
-    }
-    record = provenance(model, encoded, pairs, **facts)
-    return make_effects(resolved, values, base, source, direction, record)
+        checkpoint = Checkpoint(options.checkpoint, identity, job.digest, sizes)
+    scored = run_job(asked, job, checkpoint, options.progress)
+    record = provenance(
+        model,
+        runs.encoded,
+        method=asked.method,
+        plan=asked.resolved.spec,
+        metric=name_of(metric),
+        metric_rounding=rounding,
+        direction=runs.direction,
+        schedule=schedule,
+        budget=budget,
+        forwards=len(job.chunks) + len(job.prepare),
+    )
+    record |= {**asked.details, **({"oom_backoff": True} if scored.divided else {})}
+    return make_effects(asked, scored.values, scored.base, scored.source, record)
 
 
 def make_effects(
-    resolved: Resolved,
-    values: np.ndarray,
-    base: np.ndarray,
-    source: np.ndarray | None,
-    direction: str,
-    record: dict[str, Any],
+    asked: Experiment, values: np.ndarray, base: np.ndarray, source: np.ndarray | None, record: dict[str, object]
 ) -> Effects:
-    """Label raw values `[cell, pair]` with the plan's dims."""
-    pairs = values.shape[1]
+    """Label raw values `[cell, pair]` with the dims of an experiment's cells."""
+    resolved, pairs = asked.resolved, values.shape[1]
     shape = tuple(len(labels) for _, labels in resolved.dims)
     full = np.full((*shape, pairs), np.nan, dtype=np.float32)
     for number, cell in enumerate(resolved.cells):
         full[cell.index] = values[number]
-    coords = {name: list(labels) for name, labels in resolved.dims} | {"pair": np.arange(pairs)}
+    coords = {name: list(labels) for name, labels in resolved.dims} | {"pair": list(range(pairs))}
     array = xr.DataArray(full, dims=[name for name, _ in resolved.dims] + ["pair"], coords=coords, name="metric")
 
     def run(metric: np.ndarray) -> xr.DataArray:
@@ -189,71 +138,75 @@ def make_effects(
 
     if source is None:
         return Effects(values=array, clean=run(base), corrupted=None, provenance=record)
-    clean, corrupted = (base, source) if direction == "noising" else (source, base)
+    clean, corrupted = (base, source) if asked.runs.direction == "noising" else (source, base)
     return Effects(values=array, clean=run(clean), corrupted=run(corrupted), provenance=record)
 
 
-def run_job(
-    model: Model,
-    job: Job,
-    metric: Metric,
-    resolved: Resolved,
-    *,
-    progress: bool | None = None,
-    checkpoint: Checkpoint | None = None,
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, dict[str, Any]]:
-    """Base metric `[pair]`, source metric `[pair]` (or None), patched metric `[cell, pair]`, notes for provenance."""
-    n_pairs = len(job.context.base)
-    streams = 2 if job.context.source is not None else 1
-    base = np.full(n_pairs, np.nan, dtype=np.float32)
-    source = np.full(n_pairs, np.nan, dtype=np.float32) if streams == 2 else None
-    values = np.full((len(resolved.cells), n_pairs), np.nan, dtype=np.float32)
-    total = sum(len(chunk.rows) for chunk in job.chunks)
-    shown = total > 200 and sys.stderr.isatty() if progress is None else progress
-    bar = tqdm(total=total, disable=not shown, unit="patch", desc="patching")
+class Scored:
+    """The scores of a job as they come: base metric `[pair]`, source metric `[pair]` (or None), patched `[cell, pair]`."""
 
-    def place(index: int, scores: np.ndarray) -> None:
-        chunk = job.chunks[index]
+    def __init__(self, job: Job, cells: int, checkpoint: Checkpoint | None) -> None:
+        self.job, self.checkpoint = job, checkpoint
+        pairs, self.streams = len(job.context.runs), job.context.runs.streams
+        self.base = np.full(pairs, np.nan, dtype=np.float32)
+        self.source = np.full(pairs, np.nan, dtype=np.float32) if self.streams == 2 else None
+        self.values = np.full((cells, pairs), np.nan, dtype=np.float32)
+        #: whether chunks ran in parts, so that numbers equal those of an undisturbed run to tolerance only
+        self.divided = False
+        self._gathered: np.ndarray | None = None
+        self._missing: set[int] = set()  # scores of the chunk that is run in parts
+
+    def add(self, part: Part, result: object) -> int:
+        """Put the scores of one part; a chunk in parts counts when its last one is there."""
+        scores = np.asarray(result.float().cpu().numpy())  # type: ignore[attr-defined]
+        if part.divided:
+            size = len(self.job.chunks[part.index].program["scored"])
+            if self._gathered is None:
+                self._gathered, self._missing = np.full(size, np.nan, dtype=np.float32), set(range(size))
+            places = part.places()
+            self._gathered[places] = scores
+            self._missing -= set(places)
+            if self._missing:
+                return 0
+            scores, self._gathered = self._gathered, None
+        self.divided |= part.divided
+        if self.checkpoint is not None:
+            self.checkpoint.add(scores, part.divided)
+        return self.put(part.index, scores)
+
+    def put(self, index: int, scores: np.ndarray) -> int:
+        """Put the scores `[scored]` of one chunk where they belong; how many patches that were."""
+        chunk = self.job.chunks[index]
         for number, pair in enumerate(chunk.pairs):
-            base[pair] = scores[number * streams]
-            if source is not None:
-                source[pair] = scores[number * streams + 1]
-        offset = len(chunk.pairs) * streams
+            self.base[pair] = scores[number * self.streams]
+            if self.source is not None:
+                self.source[pair] = scores[number * self.streams + 1]
+        offset = len(chunk.pairs) * self.streams
         for number, row in enumerate(chunk.rows):
-            values[row.cell, row.pair] = scores[offset + number]
-        bar.update(len(chunk.rows))
-        if chunk.rows:
-            bar.set_postfix_str(f"layer {max(0, chunk.rows[-1].stage)}")
-
-    with bar:
-        notes = run_chunks(model, job, metric, place, checkpoint)
-    for number, pair in job.untouched:
-        values[number, pair] = base[pair]
-    check_runs(metric, model, base, source)
-    check_cells(metric, model, values, [(row.cell, row.pair) for chunk in job.chunks for row in chunk.rows])
-    return base, source, values, notes
+            self.values[row.cell, row.pair] = scores[offset + number]
+        return len(chunk.rows)
 
 
-def run_chunks(
-    model: Model, job: Job, metric: Metric, place: Callable[[int, np.ndarray], None], checkpoint: Checkpoint | None
-) -> dict[str, Any]:
-    """Run the chunks that are not finished yet; `place(chunk, scores [scored])` for every one, in order.
+def layer_of(part: Part) -> str:
+    """What a bar says of a part: the layer that patching has come to."""
+    rows = part.job.chunks[part.index].rows
+    return f"layer {max(0, rows[-1].stage)}" if rows else ""
 
-    Returns what the provenance must say: `oom_backoff` where chunks ran in parts, so that their numbers equal those of
-    an undisturbed run to tolerance only.
-    """
-    divided = False
 
-    def finish(index: int, scores: np.ndarray, in_parts: bool) -> None:
-        nonlocal divided
-        divided |= in_parts
-        if checkpoint is not None:
-            checkpoint.add(scores, in_parts)
-        place(index, scores)
-
+def run_job(asked: Experiment, job: Job, checkpoint: Checkpoint | None, progress: bool | None) -> Scored:
+    """Run the chunks that are not finished yet, and check what came out."""
+    scored = Scored(job, len(asked.resolved.cells), checkpoint)
     with checkpoint or nullcontext():
         finished = checkpoint.finished if checkpoint is not None else []
-        for index, scores in enumerate(finished):
-            place(index, scores)
-        run_parts(model, job, metric, range(len(finished), len(job.chunks)), finish)
-    return {"oom_backoff": True} if divided or (checkpoint is not None and checkpoint.divided) else {}
+        done = sum(scored.put(index, scores) for index, scores in enumerate(finished))
+        parts = [Part.of(job, index) for index in range(len(finished), len(job.chunks))]
+        total = sum(len(chunk.rows) for chunk in job.chunks)
+        work = Work(parts, scored.add, metric=asked.metric, total=total, unit="patch", name="patching", note=layer_of)
+        do(asked.model, work, progress, done)
+        scored.divided |= checkpoint is not None and checkpoint.divided
+    for number, pair in job.untouched:
+        scored.values[number, pair] = scored.base[pair]
+    check_runs(asked.metric, asked.model, scored.base, scored.source)
+    cells = [(row.cell, row.pair) for chunk in job.chunks for row in chunk.rows]
+    check_cells(asked.metric, asked.model, scored.values, cells)
+    return scored

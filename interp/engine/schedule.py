@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ..cells import Resolved
 from ..errors import PlanError
 from ..models.model import Model
-from .compile import Chunk, compile_chunk
-from .rows import Context, Row, make_rows
+from .compile import GROW, Chunk, compile_chunk
+from .context import Context
+from .program import Program
+from .rows import Row, make_rows
 
 SCHEDULES = ("naive", "rows", "growing", "prefix")
 #: What one more forward pass costs beside its rows, in tokens: Python, nnsight, weights read from memory.
@@ -93,7 +94,7 @@ class Job:
     """Everything a backend needs, in order. `block` says which prepared run a chunk needs (or None)."""
 
     chunks: list[Chunk]
-    prepare: dict[int, dict[str, Any]]
+    prepare: dict[int, Program]
     block: list[int | None]
     untouched: list[tuple[int, int]]  # (cell, pair): known to equal the base run
     schedule: str
@@ -136,17 +137,12 @@ def make_job(
     context: Context,
     schedule: str,
     budget: int,
-    identity: dict[str, Any],
+    identity: Mapping[str, object],
 ) -> Job:
     """Chunks of forward passes for every cell and pair. `identity` (model, metric, …) goes into the job's digest."""
     rows, untouched = make_rows(resolved, context, prune=schedule == "prefix")
     job = Job([], {}, [], untouched, schedule, context)
-    streams = 2 if context.source is not None else 1
-    lengths = [
-        max(len(context.base[pair]), len(context.source[pair]) if context.source is not None else 0)
-        for pair in range(len(context.base))
-    ]
-    order = sorted(range(len(lengths)), key=lambda pair: (lengths[pair], pair))
+    runs, order = context.runs, context.runs.order
     by_pair: dict[int, list[Row]] = {}
     for row in rows:
         by_pair.setdefault(row.pair, []).append(row)
@@ -157,22 +153,22 @@ def make_job(
             if pair not in by_pair:
                 _append(job, compile_chunk([], context, schedule, pairs=[pair]), None)
     else:
-        for number, block in enumerate(pack_pairs(order, lengths, streams, budget)):
-            _add_block(job, number, block, [row for pair in block for row in by_pair.get(pair, ())], lengths, budget)
-    parts = [json.dumps(identity, sort_keys=True), json.dumps(resolved.spec, sort_keys=True), context.encoded.digest]
-    parts += [context.direction, schedule, *(str([(r.cell, r.pair) for r in chunk.rows]) for chunk in job.chunks)]
+        for number, block in enumerate(pack_pairs(order, runs.lengths, runs.streams, budget)):
+            _add_block(job, number, block, [row for pair in block for row in by_pair.get(pair, ())], budget)
+    parts = [json.dumps(identity, sort_keys=True), json.dumps(resolved.spec, sort_keys=True), runs.encoded.digest]
+    parts += [runs.direction, schedule, *(str([(r.cell, r.pair) for r in chunk.rows]) for chunk in job.chunks)]
     job.digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     return job
 
 
-def first_layer(rows: Sequence[Row], taps: dict[str, Any]) -> int:
+def first_layer(rows: Sequence[Row], context: Context) -> int:
     """The lowest layer that these rows need: that of their first edit, or of a sender whose contribution is used."""
-    layers = [taps["n_layers"] - 1]
+    layers = [context.order.n_layers - 1]
     for row in rows:
         for part in (row, row.helper) if row.helper is not None else (row,):
             layers.append(max(0, part.stage))
-            layers += [0] * row.cut
-            layers += [max(0, (sender - 1) // (taps["n_heads"] + 1)) for sender, *_ in part.edges]
+            layers += [0] * (row.cut >= 0)
+            layers += [context.order.layer_of(changed.sender) for changed in part.edges]
     return min(layers)
 
 
@@ -188,11 +184,11 @@ def pack_pairs(order: Sequence[int], lengths: Sequence[int], streams: int, budge
     return blocks
 
 
-def _add_block(job: Job, number: int, block: list[int], rows: list[Row], lengths: list[int], budget: int) -> None:
+def _add_block(job: Job, number: int, block: list[int], rows: list[Row], budget: int) -> None:
     """Chunks of one block of pairs: groups by position, filled in order of pair and layer up to the token budget."""
     context, schedule = job.context, job.schedule
-    width = max(lengths[pair] for pair in block)
-    streams = 2 if context.source is not None else 1
+    width = max(context.runs.lengths[pair] for pair in block)
+    streams = context.runs.streams
     prefix = schedule == "prefix" and context.cache_class is not None
     grown = [row for row in rows if row.stage >= 0]
     groups = position_groups(grown, width, budget, streams) if prefix and grown else [(0, grown)]
@@ -211,18 +207,18 @@ def _add_block(job: Job, number: int, block: list[int], rows: list[Row], lengths
         if chunk:
             plans.append((column, chunk))
     unpatched = [pair for pair in block if all(row.pair != pair for row in rows)]
-    worth = schedule in ("growing", "prefix") and (len(plans) > 1 or any(column for column, _ in plans))
+    worth = schedule in GROW and (len(plans) > 1 or any(column for column, _ in plans))
     if not plans or unpatched or worth:
-        needed = sorted({first_layer(part, context.taps) for _, part in plans} - {0}) if worth else []
+        needed = sorted({first_layer(part, context) for _, part in plans} - {0}) if worth else []
         alone = compile_chunk([], context, schedule, pairs=block, width=width)
         if worth:
-            prepare = {**alone.program, "keep": needed}
+            prepare: Program = {**alone.program, "keep": needed}
             prepare["cache"] = context.cache_class if any(column for column, _ in plans) else None
             job.prepare[number] = prepare
         if not worth or unpatched or not plans:
             _append(job, alone, None)
     for column, members in plans:
-        first = first_layer(members, context.taps) if worth else 0
+        first = first_layer(members, context) if worth else 0
         made = compile_chunk(members, context, schedule, column, width=width, first_layer=first)
         streams_of = [block.index(pair) * streams + side for pair in made.pairs for side in range(streams)]
         if first or column:

@@ -1,54 +1,46 @@
 """The state of one forward pass: which rows exist, what is edited and read, what was read.
 
-Standard library and torch only: it is shipped by source to a remote server. A *program* is a
-plain dictionary made by the schedule:
-
-    inputs      keyword arguments of the model's forward (input_ids [start, position], and a mask where there is padding)
-    origin      [grown] row that each grown row copies, there before it; stage [grown] the layer at which it joins, ascending
-    edits       the table of `interp.edits`; columns count from the first position that is run
-    values      {(layer, kind): [value, position or 1, feature]} constants for "set", "add", "scale"
-    reads       [(layer, kind)] activations to return; last: the last layer that must run, or None
-    scored      [n] rows whose logits are wanted, at columns `at` [n]
-    clean, corrupted   [n] index into `scored` of the clean and the corrupted run of each scored row (or None)
-    answers, distractors   [n] or [n, set] token ids (or None)
-    first       blocks below this layer are skipped
-    keep, cache a prepared run: the layers whose input is kept, and the class of an empty cache (or None)
-    use, pick, column   a run on a prepared one: its number, which of its rows are needed, the first position run
-    edges       changed reads, see `interp.engine.edges` (or absent)
-    noise       Gaussian noise on the embeddings: std, and table [token, (row, column, seed)] (or absent)
-    readout     what is made of the activations that are read, see `interp.engine.readout` (or absent)
+Standard library and torch only: it is shipped by source to a remote server. A *program* is a plain dictionary made by
+`interp.engine.compile`; its fields are those of `interp.engine.program.Program`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..edits import apply_group, group_edits
-from ..models.views import features
+from ..models.layout import Taps
+from ..sites import KIND, TABLE_KINDS
 from .edges import Edges
 from .gradients import Tape
+from .views import by_part, index_of, parts_of, write_through
 
-#: Kinds that some architectures multiply with a number before they add them to the stream (`taps["branch"]`).
-BRANCHES = ("attn_out", "mlp_out")
-#: Kinds that are part of a wider tensor, or are divided into heads.
-FEATURED = ("q", "k", "v", "z", "q_rot", "k_rot", "mlp_pre")
+if TYPE_CHECKING:
+    from .program import Program
+
+Place = tuple[int, str]
+#: What attention is called with: query, key, value, mask, and its keyword arguments.
+Core = dict[str, Any]
 
 
 class Run:
-    """The state of one forward pass: which rows exist, what is edited and read, what was read."""
+    """One forward pass. Taps hand their tensor to `visit`, which passes it on to all who listen there."""
 
-    def __init__(self, taps: dict[str, Any], program: dict[str, Any]) -> None:
+    def __init__(self, taps: Taps, program: Program) -> None:
         self.taps, self.program = taps, program
         self.start = program["inputs"]["input_ids"].shape[0]
         self.rows = torch.arange(self.start)
-        self.edits = group_edits(program["edits"])
+        self.views = program.get("views") or {}
+        self.edits = group_edits(program["edits"], [*TABLE_KINDS, *self.views])
         self.values = program["values"]
         self.reads = set(program["reads"])
-        self.active = set(self.edits) | self.reads | {tuple(site) for site in program.get("tape", ())}
-        self.kept: dict[tuple[int, str], Tensor] = {}
+        self.active: set[Place] = set()
+        self.stops: set[Place] = set()
+        self.want(*self.edits, *self.reads)
+        self.kept: dict[Place, Tensor] = {}
         self.first = program["first"]
         spec = program.get("edges")
         self.edges = Edges(taps, spec, self.start) if spec is not None else None
@@ -56,34 +48,60 @@ class Run:
         self.cache: Any = None
         self.below: list[tuple[Tensor, Tensor]] = []  # keys and values below the first position run, by layer
         self.entering: Tensor | None = None  # residual stream entering the first block that is run
+        self.core: Core | None = None  # the attention call of this layer, where its pattern is to be written
+        self.z: Tensor | None = None  # what this layer's output projection receives
 
-    def by_row(self, x: Tensor) -> Tensor:
-        """`[row, position, feature]`, also where a family flattens rows and positions (OPT)."""
-        return x.unflatten(0, (len(self.rows), -1)) if x.ndim == 2 else x
+    def want(self, *sites: Place) -> None:
+        """Listen at these sites; a view, and a kind that is written through another, is listened for at that one's tap."""
+        self.active.update(sites)
+        for layer, kind in sites:
+            tap = self.views[kind].tap if kind in self.views else KIND[kind].through if kind in KIND else ""
+            self.stops.update([(layer, kind), (layer, tap or kind)])
+
+    def wants(self, layer: int, kind: str) -> bool:
+        """Whether this site is edited, read or taped."""
+        return (layer, kind) in self.active
+
+    def stops_at(self, layer: int, kind: str) -> bool:
+        """Whether anybody listens at a kind's tap."""
+        return (layer, kind) in self.stops or (self.edges is not None and self.edges.listens(layer, kind))
 
     def visit(self, layer: int, kind: str, x: Tensor, fresh: bool = False, live: Tensor | None = None) -> Tensor:
-        """Apply the edits of one site to `x [row, position, feature]`, keep it if it is to be read, and give what goes on.
+        """Hand a tap's tensor `x [row, position, feature]` to all who listen there, and give what goes on.
 
-        `live` is the tensor in the graph, where what is returned does not take its place.
+        Args:
+            fresh: x may be written in place.
+            live: the tensor in the graph, where what is returned does not take its place: it is written in place.
         """
-        scale = self.taps["branch"] if kind in BRANCHES else 1
+        if self.edges is not None:
+            x = self.edges.visit(layer, kind, x)
+        scale = self.taps["branch"] if KIND[kind].branch else 1
         if scale == 1:
-            return self.visit_site(layer, kind, x, fresh, live)
+            return self.listen(layer, kind, x, fresh, live)
         added = x * scale  # what the stream receives
-        new = self.visit_site(layer, kind, added)
+        new = self.listen(layer, kind, added)
         # as a difference, so that rows that nobody edits keep every bit; a gradient is that of what was added
         return x + (new - added) / scale if self.tape is None else new / scale
 
-    def visit_site(self, layer: int, kind: str, x: Tensor, fresh: bool = False, live: Tensor | None = None) -> Tensor:
-        """`visit`, of the site's own tensor."""
-        groups = self.edits.get((layer, kind), ())
+    def listen(self, layer: int, kind: str, x: Tensor, fresh: bool = False, live: Tensor | None = None) -> Tensor:
+        """`visit`, of the site's own tensor: its edits, those of views of it, what is read of it, the tape."""
+        site = (layer, kind)
+        groups = self.edits.get(site, ())
         if groups:
-            index = features(self.taps, kind) if kind in FEATURED else None
+            index = index_of(self.taps, kind)
             x = x if fresh else x.clone()
             for group in groups:
-                apply_group(x, group, self.values.get((layer, kind)), index)
-        if (layer, kind) in self.reads:
-            own = x[..., features(self.taps, kind).to(x.device)] if kind in FEATURED else x
-            own = own[..., 0, :] if kind == "mlp_pre" else own
-            self.kept[layer, kind] = own.clone()  # a block may add to it in place later (Falcon)
+                apply_group(x, group, self.values.get(site), index)
+        views = [name for name, view in self.views.items() if view.tap == kind]
+        for name in views:
+            if own := self.edits.get((layer, name)):
+                written = write_through(x, self.views[name], own, self.values.get((layer, name)))
+                groups, x = own, written if live is None else x.copy_(written)
+        if site in self.reads:
+            own = by_part(self.taps, kind, x)
+            self.kept[site] = own.clone() if own is x else own  # a block may add to it in place later (Falcon)
+        for name in views:
+            if (layer, name) in self.reads:
+                parts = parts_of(self.views[name], x)
+                self.kept[layer, name] = parts[..., 0] if parts.shape[-1] == 1 else parts
         return x if self.tape is None else self.tape.take(layer, kind, x, None if groups else live)

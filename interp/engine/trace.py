@@ -1,26 +1,37 @@
 """The one place that opens traces: programs are run one after the other, each in one forward pass.
 
 Standard library, torch and nnsight only: these functions are shipped by source to a remote server. What a program is
-stands in `interp.engine.state`.
+stands in `interp.engine.program`. Every function here that does work is called alike, `(model, taps, programs, metric,
+done)`, so that the door (`interp.engine.door`) can send any of them: it gives one result for each program, or hands it to
+`done(index, result)` as soon as it is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nnsight
 import torch
 from torch import Tensor
 
+from ..models.layout import Envoy, Taps
 from .edge_gradients import edge_scores, edge_tapes
 from .forward import forward, walk
 from .gradients import Tape, attributions, slope, wanted_tapes
 from .rotary import RowsAlone
 from .state import Run
 
+if TYPE_CHECKING:
+    from .program import Program
 
-def resume(run: Run, prepared: dict[str, Any]) -> None:
+#: What one program gives: tensors by name, or by site.
+Found = dict[str, Any]
+Metric = Callable[..., Tensor]
+Done = Callable[[int, Any], None]
+
+
+def resume(run: Run, prepared: Found) -> None:
     """Take from a prepared run what lies below this one: keys and values of earlier positions, the stream of lower layers."""
     program = run.program
     pick, column = program["pick"], program["column"]
@@ -36,25 +47,21 @@ def resume(run: Run, prepared: dict[str, Any]) -> None:
 
 
 def execute(
-    model: Any,
-    taps: dict[str, Any],
-    programs: list[dict[str, Any]],
-    metric: Callable[..., Tensor] | None,
-    done: Callable[[int, dict[str, Any]], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Run programs one after the other, each in one trace; `done(index, result)` is called after each.
+    model: Envoy, taps: Taps, programs: list[Program], metric: Metric | None, done: Done | None = None
+) -> list[Found]:
+    """Run programs: {"metric": [scored], "reads": {site: activation}, …} of each.
 
     A program with `keep` is a prepared run: the programs behind it may use what it kept, until the next one.
     """
-    results: list[dict[str, Any]] = []
-    prepared: dict[str, Any] = {}
+    results: list[Found] = []
+    prepared: Found = {}
     for index, program in enumerate(programs):
         run = Run(taps, program)
         inputs = program["inputs"]
         keep = program.get("keep")
         if keep is not None:
             run.reads.update((layer, "resid_pre") for layer in keep)
-            run.active.update(run.reads)
+            run.want(*run.reads)
             if program["cache"] is not None:
                 run.cache = program["cache"]()
         elif "use" in program:
@@ -72,29 +79,27 @@ def execute(
                 "past": [(layer.keys, layer.values) for layer in run.cache.layers] if run.cache is not None else [],
                 "stream": {layer: found["reads"].pop((layer, "resid_pre")) for layer in keep},
             }
-        results.append(found)
-        if done is not None:
+        if done is None:
+            results.append(found)
+        else:
             done(index, found)
     return results
 
 
 def execute_gradients(
-    model: Any,
-    taps: dict[str, Any],
-    programs: list[dict[str, Any]],
-    metric: Callable[..., Tensor],
-) -> list[dict[str, Any]]:
-    """Run gradient programs, each in one trace: {"metric": [scored], "attributions": {site: …}, "slope": float}.
+    model: Envoy, taps: Taps, programs: list[Program], metric: Metric, done: Done | None = None
+) -> list[Found]:
+    """Run gradient programs: {"metric": [scored], "attributions": {site: …}, "slope": float} of each.
 
     A program with `by_edge` gives {"edges": [pair, receiver, sender]} instead, see `interp.engine.edge_gradients`.
     """
-    results = []
-    for program in programs:
+    results: list[Found] = []
+    for index, program in enumerate(programs):
         run = Run(taps, program)
-        by_edge = program.get("by_edge", False)
+        by_edge = program["by_edge"]
         wanted = edge_tapes(taps) if by_edge else wanted_tapes(taps, program)
         run.tape = Tape(wanted)
-        run.active |= wanted
+        run.want(*wanted)
         with RowsAlone(model, taps), torch.enable_grad(), model.trace(**program["inputs"]):
             found = nnsight.save({})
             forward(model, run, metric, found)
@@ -106,22 +111,37 @@ def execute_gradients(
                 found["attributions"] = attributions(model, taps, program, run.tape, found["metric"])
             found["metric"] = found["metric"].detach()
             found["reads"] = {}
-        results.append(found)
+        if done is None:
+            results.append(found)
+        else:
+            done(index, found)
     return results
 
 
-def scores(model: Any, taps: dict[str, Any], programs: list[dict[str, Any]], metric: Callable[..., Tensor]) -> Tensor:
+def scores(
+    model: Envoy, taps: Taps, programs: list[Program], metric: Metric, done: Done | None = None
+) -> Tensor | list[Found]:
     """The metric of every program behind one another `[scored, of all]`: all that need come back from a server."""
+    if done is not None:
+        return execute(model, taps, programs, metric, lambda index, found: done(index, found["metric"]))
     return torch.cat([found["metric"].cpu() for found in execute(model, taps, programs, metric)])
 
 
-def contributions(model: Any, taps: dict[str, Any], program: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """What each sender writes in the one row of a program, `[sender, position, d_model]`, and what the output bias of
+def contributions(
+    model: Envoy, taps: Taps, programs: list[Program], metric: Metric | None, done: Done | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """What each sender writes in the one row of each program, `[sender, position, d_model]`, and what the output bias of
     each layer's attention adds, `[layer, position or 1, d_model]`."""
-    run = Run(taps, program)
-    with RowsAlone(model, taps), torch.no_grad(), model.trace(**program["inputs"]):
-        walk(model, run)
-        assert run.edges is not None
-        written = nnsight.save(torch.cat([part[0].cpu() for part in run.edges.parts]))
-        biases = nnsight.save(torch.cat([bias[:1].cpu() for bias in run.edges.biases]))
-    return written, biases
+    results: list[tuple[Tensor, Tensor]] = []
+    for index, program in enumerate(programs):
+        run = Run(taps, program)
+        with RowsAlone(model, taps), torch.no_grad(), model.trace(**program["inputs"]):
+            walk(model, run)
+            assert run.edges is not None
+            written = nnsight.save(torch.cat([part[0].cpu() for part in run.edges.parts]))
+            biases = nnsight.save(torch.cat([bias[:1].cpu() for bias in run.edges.biases]))
+        if done is None:
+            results.append((written, biases))
+        else:
+            done(index, (written, biases))
+    return results

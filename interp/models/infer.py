@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from .families import FAMILIES, Family
-from .views import at
+from .layout import at
 
 
 def infer_family(hf: Any) -> Family | None:

@@ -15,10 +15,10 @@ from .bundled import ensure_bundled
 from .checkpoints import ids_only, read_checkpoint, wrapped
 from .families import FAMILIES, Family, find_family
 from .infer import infer_family, placed
+from .layout import Taps, at, rotates_by_length, sizes
 from .model import Model
 from .packages import BUNDLED
 from .supported import both_ways, refuse_unsupported, without_fused
-from .views import at, rotates_by_length, sizes
 
 #: Options that may hold a password: no error repeats them.
 SECRETS = ("token", "proxies")
@@ -185,7 +185,7 @@ def factor(config: Any, name: str) -> float:
     return 1 / number if name.startswith("1/") else number
 
 
-def make_taps(hf: Any, family: Family) -> dict[str, Any]:
+def make_taps(hf: Any, family: Family) -> Taps:
     """The facts of one model as a plain dictionary: sizes read off its modules, paths from its family's row.
 
     Raises:
@@ -215,7 +215,7 @@ def make_taps(hf: Any, family: Family) -> dict[str, Any]:
     else:
         total, _ = sizes(at(block, family.qkv[0]))
         n_kv = (total - width) * n_heads // (2 * width)
-    taps: dict[str, Any] = {item.name: getattr(family, item.name) for item in fields(family)}
+    taps: Any = {item.name: getattr(family, item.name) for item in fields(family)}
     for unneeded in ("model_types", "variants", "note", "missing", "unsupported"):
         del taps[unneeded]
     taps.update(

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import AuditError, PairsError, SiteError, SiteUnavailableError
+from ..order import Order
 from ..pairs import EncodedPairs, PromptPairs
-from ..sites import KINDS, KV_KINDS, MADE_FROM, Site
+from ..sites import KINDS, KV_KINDS, Site
 from .families import Family
+from .layout import Taps
 
 if TYPE_CHECKING:
     from ..audit import AuditReport
@@ -37,7 +39,7 @@ class Model:
     nn: Any
     tokenizer: Any
     family: Family
-    taps: dict[str, Any]
+    taps: Taps
     backend: Any
     prefix: str = ""
     revision: str = ""
@@ -160,6 +162,11 @@ class Model:
         """How many heads a kind of site has in each layer: key/value heads for k, v and k_rot."""
         return self.n_kv_heads if kind in KV_KINDS else self.n_heads
 
+    @property
+    def order(self) -> Order:
+        """The order of its senders and receivers."""
+        return Order.of(self.taps)
+
     def units_of(self, kind: str) -> int:
         """How many units `mlp_pre` or `neuron` has in each layer."""
         self.require(Site(kind, layer=0))
@@ -174,17 +181,18 @@ class Model:
             SiteUnavailableError: the architecture has no such site, with the reason.
             AuditError: the audit refused this kind of site on this model.
         """
-        for kind in (site.kind, *MADE_FROM.get(site.kind, ())):
+        for kind in filter(None, (site.kind, site.facts.through)):
             if kind in self.refused:
                 made = "" if kind == site.kind else f", which {site.kind} is made from,"
                 raise AuditError(f"{kind}{made} is refused on {self.name}: {self.refused[kind]}")
-        if site.kind in self.family.missing:
+        tap = site if site.view is None else site.view.tap
+        if tap.kind in self.family.missing:
             raise SiteUnavailableError(
-                f"{self.family.name} models have no {site.kind}: {self.family.missing[site.kind]}; they have "
+                f"{self.family.name} models have no {tap.kind}: {self.family.missing[tap.kind]}; they have "
                 + ", ".join(kind for kind in KINDS if kind not in self.family.missing)
             )
         layer = site.layer
-        if site.kind not in ("embed", "logits"):
+        if site.facts.layered:
             if layer is None:
                 raise SiteError(f"site {site} needs a layer; this model has layers 0 to {self.n_layers - 1}")
             if not -self.n_layers <= layer < self.n_layers:
@@ -198,10 +206,11 @@ class Model:
             raise SiteError(
                 f"site {site}: head {site.head}, but {self.name} has {what} 0 to {self.heads_of(site.kind) - 1}"
             )
-        if site.unit is not None and not 0 <= site.unit < self.units_of(site.kind):
-            raise SiteError(
-                f"site {site}: unit {site.unit}, but {self.name} has units 0 to {self.units_of(site.kind) - 1}"
-            )
+        if site.unit is not None:
+            count = self.units_of(site.kind) if site.view is None else site.view.parts
+            if not 0 <= site.unit < count:
+                where = self.name if site.view is None else f"view {site.kind!r}"
+                raise SiteError(f"site {site}: unit {site.unit}, but {where} has units 0 to {count - 1}")
         return site.at(layer=layer)
 
     def rests_on(self, method: str, *names: str) -> None:

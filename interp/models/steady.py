@@ -69,4 +69,6 @@ def ordinary(value: Any) -> Any:
         return {key: ordinary(item) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(ordinary(item) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(ordinary, value))
     return value

@@ -15,8 +15,9 @@ from interp import PromptPairs
 from interp.circuits import Circuit, Facts, compare_circuits, discover, discovery
 from interp.circuits import acdc as acdc_module
 from interp.circuits.acdc import acdc
-from interp.circuits.runs import run_masks
+from interp.engine.context import Runs
 from interp.errors import CheckpointError, CircuitError, MetricError, PairsError
+from interp.options import Options
 
 from ..families import allowed, count_forwards, loaded, oracle_of, words
 from ..oracle.edges import all_edges, edges, receivers, senders
@@ -192,10 +193,11 @@ def test_acdc_is_the_loop_of_one_at_a_time(family: str) -> None:
 def test_acdc_is_the_same_whatever_the_batch_and_batches_save_passes() -> None:
     model, pairs, metric = loaded("gpt2"), two_pairs(), interp.logit_diff
     within = discover(model, pairs, "eap", progress=False).top(n_edges=50)
+    runs = Runs(model.encode(pairs))
     seen, stop = count_forwards(model)
-    batched = acdc(model, pairs, metric, within, 0.3, {}, progress=False)
+    batched = acdc(model, runs, metric, within, 0.3, {}, Options(progress=False))
     together = len(seen)
-    single = acdc(model, pairs, metric, within, 0.3, {}, progress=False, ahead=1)
+    single = acdc(model, runs, metric, within, 0.3, {}, Options(progress=False), ahead=1)
     stop()
     assert batched.edges == single.edges and 5 < batched.n_edges < 40
     assert list(batched.scores().values()) == pytest.approx(list(single.scores().values()), abs=2e-5)
@@ -235,15 +237,15 @@ def test_acdc_continues_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Mo
     within = discover(model, pairs, "eap", progress=False).top(n_edges=60)
     options = {"within": within, "threshold": 0.05, "max_tokens": 200, "progress": False}
     whole = discover(model, pairs, "acdc", **options)
-    left = iter(range(4))
+    left, run = iter(range(4)), acdc_module.Masks.run
 
     def broken(*arguments: Any, **more: Any) -> Any:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return run_masks(*arguments, **more)
+        return run(*arguments, **more)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(acdc_module, "run_masks", broken)
+        patched.setattr(acdc_module.Masks, "run", broken)
         discover(model, pairs, "acdc", checkpoint=path, **options)
     again = discover(model, pairs, "acdc", checkpoint=path, **options)
     assert again.edges == whole.edges and again.scores() == pytest.approx(whole.scores(), abs=1e-5)

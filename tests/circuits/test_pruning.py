@@ -13,7 +13,7 @@ from torch import Tensor
 import interp
 from interp import PromptPairs
 from interp.circuits import Circuit, greedy, iterative_pruning, pruning
-from interp.engine.run import run_plan
+from interp.engine.run import run_cells
 from interp.errors import AnswerError, CheckpointError, CircuitError
 
 from ..families import count_forwards, loaded, oracle_of, words
@@ -211,10 +211,10 @@ def test_pruning_continues_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest
     def broken(*arguments: Any, **more: Any) -> Any:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return run_plan(*arguments, **more)
+        return run_cells(*arguments, **more)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pruning, "run_plan", broken)
+        patched.setattr(pruning, "run_cells", broken)
         iterative_pruning(model, checkpoint=path, **options)
     seen, stop = count_forwards(model)
     again = iterative_pruning(model, checkpoint=path, **options)

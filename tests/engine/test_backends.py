@@ -29,7 +29,7 @@ from interp.engine.remote import pack, requests
 from interp.engine.simulated import Worker, current_worker
 from interp.engine.trace import execute
 from interp.errors import BackendError
-from interp.models.views import at
+from interp.models.layout import at
 from tests.oracle.configs import prompts, tiny
 
 FAMILIES = ("gpt2", "llama_gqa", "gemma2")
@@ -171,23 +171,34 @@ def test_what_is_sent_is_small_and_sent_once() -> None:
     assert pack({"a": (3, None, "x")}) == {"a": (3, None, "x")}
 
 
-def gradients(model: Any, taps: dict[str, Any], inputs: dict[str, Tensor]) -> Tensor:
+def gradients(model: Any, taps: Any, programs: Any, metric: Any, done: Any = None) -> list[Tensor]:
     """A backward pass: d logsumexp / d residual stream entering each block, norms `[layer, position]`."""
     layers = at(model, taps["layers"])
-    with model.trace(**inputs):
+    with model.trace(**programs[0]["inputs"]):
         streams = [layers[0].input.requires_grad_(True)]
         streams += [layers[layer].input for layer in range(1, taps["n_layers"])]
         loss = model.output.logits[:, -1].logsumexp(-1).sum()
         found = nnsight.save(list(torch.autograd.grad(loss, streams)))
-    return torch.stack(found)[:, 0].norm(dim=-1)
+    norms = torch.stack(found)[:, 0].norm(dim=-1)
+    if done is not None:
+        done(0, norms)
+    return [norms]
+
+
+def sent(model: Any, function: Any, program: Any) -> list[Any]:
+    """What a backend reports of one program."""
+    results: list[Any] = []
+    model.backend.run(model, [program], None, lambda _, result: results.append(result), function)
+    return results
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_call_ships_any_function_with_gradients_too(both: Any, family: str) -> None:
     here, there = both(family)
     inputs = {"input_ids": torch.tensor([prompts(9)[0]])}
-    expected = here.backend.call(here, gradients, here.taps, inputs)
-    found = there.backend.call(there, gradients, there.taps, inputs)
+    expected, found = (
+        sent(model, gradients, {"inputs": inputs, "scored": torch.zeros(1)})[0] for model in (here, there)
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert expected.shape == (3, 9) and float(expected[:, -1].min()) > 0
     assert there.backend.requests == 1 and there.backend.sent > 1000 and there.backend.received < 5000
@@ -199,7 +210,7 @@ def test_call_gives_back_activations(both: Any) -> None:
     here, there = both("gpt2")
     program = read_program(here, [prompts(9)[0]], [(1, "z"), (2, "pattern")])
     for model in (here, there):
-        (found,) = model.backend.call(model, execute, model.taps, [program], None)
+        (found,) = sent(model, execute, program)
         assert found["reads"][1, "z"].shape == (1, 9, 4, 8)
         torch.testing.assert_close(found["reads"][2, "pattern"].sum(-1), torch.ones(1, 4, 9))
 

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import interp
 from interp import Model, PromptPairs
-from interp.attribution import attribute, midpoints
+from interp.attribution import attribute
+from interp.engine.slopes import midpoints
 from tests.families import EAGER, EXPERTS, HEAD_KINDS, UNIT_KINDS, has, words
 from tests.oracle.configs import FAMILIES, tiny, widen
 from tests.oracle.derivatives import gradient, slope

@@ -9,7 +9,7 @@ import torch
 
 from interp.models.families import FAMILIES, Family, find_family
 from interp.models.infer import infer_family
-from interp.models.views import at, attention_pattern, features, mix_values, output_matrix, project_heads, sizes
+from interp.models.layout import at, attention_pattern, mix_values, output_matrix, part_index, project_heads, sizes
 from interp.sites import KINDS
 from tests.families import EXPERTS, NO_ROTATED, PARALLEL, SUPPORTED, UNSUPPORTED, has, loaded, oracle_of, words
 from tests.oracle.configs import FAMILIES as CONFIGS
@@ -96,12 +96,12 @@ def test_every_path_leads_somewhere(family: str) -> None:
 def test_heads_are_cut_out_of_projections_as_written_by_hand(family: str) -> None:
     model, oracle = loaded(family), oracle_of(family)
     for kind in "qkv":
-        ours = features(model.taps, kind)
+        ours = part_index(model.taps, kind)
         theirs = columns(oracle.names, kind, oracle.n_heads, oracle.n_kv_heads, oracle.d_head)
         assert torch.equal(ours, theirs), kind
     o = at(at(model.hf, model.family.layers)[1], model.family.o)
     assert torch.equal(
-        output_matrix(o, features(model.taps, "z"), torch.zeros(1)),
+        output_matrix(o, part_index(model.taps, "z"), torch.zeros(1)),
         oracle_output_matrix(oracle.part(1, "o"), oracle.n_heads),
     )
 
@@ -110,7 +110,7 @@ def test_heads_are_cut_out_of_projections_as_written_by_hand(family: str) -> Non
 def test_the_parts_of_a_fused_projection_are_all_of_it_and_do_not_overlap(family: str) -> None:
     model = loaded(family)
     block = at(model.hf, model.family.layers)[0]
-    parts = {kind: features(model.taps, kind).flatten() for kind in "qkv"}
+    parts = {kind: part_index(model.taps, kind).flatten() for kind in "qkv"}
     for path in set(model.family.qkv):
         here = torch.cat([parts[kind] for kind, own in zip("qkv", model.family.qkv, strict=True) if own == path])
         assert sorted(here.tolist()) == list(range(sizes(at(block, path))[0]))
@@ -122,7 +122,7 @@ def test_a_projection_of_each_heads_own_input(family: str) -> None:
     model = loaded(family)
     module = at(at(model.hf, model.family.layers)[0], model.family.qkv[0])
     x = torch.randn(2, 1, 5, model.d_model, generator=torch.Generator().manual_seed(0))
-    index = features(model.taps, "q")
+    index = part_index(model.taps, "q")
     each = project_heads(module, x.expand(-1, model.n_heads, -1, -1), index)
     whole = module(x[:, 0])[..., index].transpose(1, 2)
     assert torch.allclose(each, whole, atol=1e-5)

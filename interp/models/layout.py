@@ -1,17 +1,22 @@
-"""Views: which features of a module's tensor belong to which head, and linear pieces of attention.
+"""Layout: which features of a module's tensor belong to which head or unit, and linear pieces of attention.
 
-Standard library, torch and `errors` only; these functions also travel to a remote server. `taps` is the plain dictionary that
-`Model` makes from a row of the table of families.
+Standard library, torch, `errors` and `sites` only; these functions also travel to a remote server. `taps` is the plain
+dictionary that `load_model` makes from a row of the table of families.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from ..errors import AuditError
+from ..sites import KIND
+
+#: A module, or what nnsight puts in its place inside a trace, which has no types: any attribute may be asked of it.
+Envoy = Any
 
 #: Classes whose forward is x·weight + bias.
 PROJECTIONS = (
@@ -21,42 +26,91 @@ PROJECTIONS = (
 )
 
 
-def at(envoy: Any, path: str) -> Any:
+def at(envoy: Envoy, path: str) -> Envoy:
     """The module (or traced operation) below `envoy` at a dotted path; an empty path is `envoy` itself."""
     for part in path.split(".") if path else ():
         envoy = envoy[int(part)] if part.isdigit() else getattr(envoy, part)
     return envoy
 
 
-def features(taps: dict[str, Any], kind: str) -> Tensor:
-    """Indices into the last dimension of the tensor that carries `kind`: `[head, d_head]`.
+class Taps(TypedDict):
+    """The facts of one model as they travel: sizes read off its modules, paths and switches of its family's row."""
+
+    name: str
+    block: tuple[tuple[str, str, tuple[str, ...]], ...]
+    embed: str
+    layers: str
+    norm: str
+    head: str
+    norm1: str | None
+    norm2: str | None
+    qkv_layout: str
+    qkv: tuple[str, str, str]
+    o: str
+    mlp: str
+    mlp_pre: str | None
+    down: str | None
+    post_attn: str | None
+    post_mlp: str | None
+    parallel: bool
+    pattern: str
+    core_first: int
+    alibi: bool
+    branch: float
+    logit_scale: float
+    tuple_output: bool
+    moe: bool
+    joint_qk_norm: bool
+    sinks: bool
+    positions: str | None
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int | None
+    d_vocab: int
+    attention: str | None
+    rotary: tuple[str, ...]
+
+
+def count_of(taps: Taps, kind: str) -> int:
+    """How many parts a kind of site has in each layer: query heads, key/value heads, units, or 1."""
+    counts = {"head": taps["n_heads"], "kv head": taps["n_kv_heads"], "unit": taps["d_mlp"]}
+    return counts.get(KIND[kind].axis, 1) or 0
+
+
+def part_index(taps: Taps, kind: str) -> Tensor:
+    """Indices into the last dimension of the tensor that carries `kind`: `[head, d_head]`, or `[unit, 1]`.
 
     q, k and v are found in their projection's output whatever the layout; z, q_rot and head_out are laid out by query
-    head, k_rot by key/value head. `mlp_pre` `[1, d_mlp]` is the first part of a projection that also holds the other
-    factor of a gated MLP.
+    head, k_rot by key/value head. `mlp_pre` is the first part of a projection that also holds the other factor of a
+    gated MLP.
     """
-    if kind == "mlp_pre":
-        return torch.arange(taps["d_mlp"])[None, :]
-    heads, kv, d = taps["n_heads"], taps["n_kv_heads"], taps["d_head"]
-    count = kv if kind in ("k", "v", "k_rot") else heads
-    head = torch.arange(count)
-    layout = taps["qkv_layout"] if kind in ("q", "k", "v") else "separate"
+    count, d = count_of(taps, kind), taps["d_head"]
+    part = torch.arange(count)
+    if KIND[kind].axis == "unit":
+        return part[:, None]
+    heads, kv = taps["n_heads"], taps["n_kv_heads"]
+    projected = bool(KIND[kind].reads)
+    layout = taps["qkv_layout"] if projected else "separate"
+    place = "qkv".index(kind) if projected else 0
     if layout == "separate":
-        first = head * d
+        first = part * d
     elif layout == "split":
-        first = head * d + {"q": 0, "k": heads * d, "v": (heads + kv) * d}[kind]
+        first = part * d + (0, heads * d, (heads + kv) * d)[place]
     elif layout == "interleaved":
-        first = head * 3 * d + {"q": 0, "k": d, "v": 2 * d}[kind]
+        first = part * 3 * d + place * d
     else:  # grouped: [q of the group's heads | k | v] for every key/value head
         group = heads // kv
-        if kind == "q":
-            first = (head // group) * (group + 2) * d + (head % group) * d
+        if place == 0:
+            first = (part // group) * (group + 2) * d + (part % group) * d
         else:
-            first = head * (group + 2) * d + (group + (kind == "v")) * d
+            first = part * (group + 2) * d + (group + place - 1) * d
     return first[:, None] + torch.arange(d)[None, :]
 
 
-def rotates_by_length(module: Any) -> bool:
+def rotates_by_length(module: Envoy) -> bool:
     """Whether a module is a rotary embedding whose frequencies depend on the longest row, see `interp.engine.rotary`."""
     kinds = vars(module).get("rope_type", "")
     return any(
@@ -65,7 +119,7 @@ def rotates_by_length(module: Any) -> bool:
     )
 
 
-def sizes(module: Any) -> tuple[int, int]:
+def sizes(module: Envoy) -> tuple[int, int]:
     """(out, in) of a projection, by what it says of itself: packed weights of quantised layers have another shape."""
     inner = getattr(module, "_module", module)
     if hasattr(inner, "out_features"):
@@ -76,7 +130,7 @@ def sizes(module: Any) -> tuple[int, int]:
     return int(out), int(into)
 
 
-def as_it_says(module: Any) -> bool:
+def as_it_says(module: Envoy) -> bool:
     """Whether a module computes x·weight + bias by its class alone: a Linear or Conv1D that nobody changed.
 
     An adapter, a quantised or parametrised layer is of another class; hooks and a replaced forward show on the module.
@@ -92,7 +146,7 @@ def as_it_says(module: Any) -> bool:
     return own is None or getattr(own, "__func__", own) is kind.forward
 
 
-def affine(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def affine(module: Envoy, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The affine map of a projection at its input x `[…, in]`: weight `[out, in]` and bias `[out]`, or None for none.
 
     `.weight` is read only where that is what the module computes. Any other module is asked, by its outputs for the unit
@@ -123,20 +177,20 @@ def affine(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def output_matrix(module: Any, index: Tensor, z: Tensor) -> Tensor:
+def output_matrix(module: Envoy, index: Tensor, z: Tensor) -> Tensor:
     """W_O by head from an output projection: `[head, d_head, d_model]`, for the features `index [head, d_head]` of its
     input z `[…, feature]`."""
     return affine(module, z)[0][:, index.to(z.device)].permute(1, 2, 0)
 
 
-def project_heads(module: Any, x: Tensor, index: Tensor) -> Tensor:
+def project_heads(module: Envoy, x: Tensor, index: Tensor) -> Tensor:
     """Each head's slice of a projection of its own input: x `[row, head, position, d_model]` -> `[…, d_head]`."""
     weight, bias = affine(module, x)
     out = torch.einsum("rhpm,hdm->rhpd", x, weight[index])
     return out if bias is None else out + bias[index][None, :, None]
 
 
-def norm_parts(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def norm_parts(norm: Envoy, x: Tensor) -> tuple[Tensor, Tensor]:
     """An RMS norm at `x` as a product: norm(x) = x · scale · weight, scale `[…, 1]` and weight `[d_model]`.
 
     The weight is found by asking the norm itself, so that families that store it as 1 + w need no case of their own.
@@ -147,7 +201,7 @@ def norm_parts(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return scale, weight
 
 
-def affine_parts(norm: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+def affine_parts(norm: Envoy, x: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
     """A norm at `x [row, d_model]`, its scale frozen: norm(x) = (x, less its mean if centred) · scale · weight + bias.
 
     Scale `[row, 1]`, weight and bias `[d_model]` in fp32, and whether it centres: found by asking the norm itself, so
@@ -170,7 +224,7 @@ def affine_parts(norm: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
     return scale, weight[0], bias[0], centred
 
 
-def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> Tensor:
     """What enters the softmax `[row, head, query, key]`, behind the mask; one more key where there are attention sinks.
 
     query `[row, head, position, d_head]`, key by key/value head. Masks may be absent (causal), boolean or additive;
@@ -195,7 +249,7 @@ def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None, options: d
     return scores
 
 
-def attention_pattern(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+def attention_pattern(query: Tensor, key: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> Tensor:
     """Attention probabilities `[row, head, query, key]`: the softmax of `attention_scores`, without the sinks."""
     scores = attention_scores(query, key, mask, options)
     precise = torch.promote_types(scores.dtype, torch.float32)

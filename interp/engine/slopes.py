@@ -1,0 +1,206 @@
+"""The one loop over gradients: blocks of pairs go through the door as gradient programs, and estimates are added up.
+
+1. Pairs of similar length share a forward and a backward pass. Where gradients are averaged between the two runs, each
+   pair has rows that move one site by a fraction of the way ("mix").
+2. What comes back is small: (source − base) · gradient by site and position, or by edge.
+3. A row's estimate is the sum over its entries, whichever passes they came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TypedDict
+
+import numpy as np
+import torch
+
+from ..metrics import Metric
+from ..models.model import Model
+from .compile import compile_chunk, gradient_program
+from .context import Context
+from .program import Place, Program
+from .reading import Reading, read_all
+from .rows import Row, step_rows
+from .schedule import pack_pairs
+from .trace import execute_gradients
+
+#: A gradient by the logits below this fraction of the metric's change from base to source is rounding.
+FLAT = 1e-4
+
+
+def midpoints(steps: int) -> tuple[float, ...]:
+    """Interpolation points (i + ½)/steps: 0 is the base run, 1 the source run."""
+    return tuple((index + 0.5) / steps for index in range(steps))
+
+
+class Gradients(TypedDict):
+    """How gradients are taken: of which sites, at which fractions between the runs, and what is moved there.
+
+    `moved`: one site for all ("ig": the input), or () for each site by itself ("ig-activations"); no `fractions`: at the base
+    run alone. `drop`, `exact_qk`: AtP*. `by_edge`: scores of edges instead of sites.
+    """
+
+    tape: Sequence[Place]
+    fractions: tuple[float, ...]
+    moved: Sequence[Place]
+    drop: Sequence[int]
+    exact_qk: bool
+    by_edge: bool
+
+
+def program_of(context: Context, how: Gradients, wanted: dict[int, list[Row]], block: Sequence[int]) -> Program:
+    """The gradient program of a block of pairs."""
+    steps, width = len(how["fractions"]), max(context.runs.lengths[pair] for pair in block)
+    moved = list(how["moved"] or how["tape"]) if steps else []
+    values = torch.tensor(how["fractions"])[:, None, None]
+    mixed = replace(context, values=dict.fromkeys(moved, values))
+    rows = step_rows(context, block, moved, steps, grow=not how["moved"])
+    chunk = compile_chunk(rows, mixed, "growing", pairs=block, width=width)
+    program = gradient_program(chunk.program, len(block), how["tape"], how["by_edge"])
+    first = 2 * len(block)
+    if steps and how["moved"]:
+        program["gradient"] = first + torch.arange(len(block) * steps).reshape(len(block), steps)
+    elif steps:
+        program["steps"] = rows_by_site(chunk.rows, len(block), moved, steps, first)
+    program.update(columns=source_columns(context, block, wanted, width), drop=how["drop"], exact_qk=how["exact_qk"])
+    return program
+
+
+def rows_by_site(
+    rows: Sequence[Row], pairs: int, sites: Sequence[Place], steps: int, first: int
+) -> dict[Place, torch.Tensor]:
+    """Which rows interpolate which site: {site: [pair, step]}; a row's cell is its number among `step_rows`."""
+    number = {row.cell: first + place for place, row in enumerate(rows)}
+    return {
+        site: torch.tensor(
+            [[number[(p * len(sites) + s) * steps + step] for step in range(steps)] for p in range(pairs)]
+        )
+        for s, site in enumerate(sites)
+    }
+
+
+def source_columns(
+    context: Context, block: Sequence[int], wanted: dict[int, list[Row]], width: int
+) -> torch.Tensor | None:
+    """The source column that belongs to each base column `[pair, position]`; None where they are the same."""
+    columns = torch.arange(width).repeat(len(block), 1)
+    runs = context.runs
+    assert runs.source is not None
+    for place, pair in enumerate(block):
+        shift, other = width - len(runs.base[pair]), width - len(runs.source[pair])
+        for row in wanted.get(pair, ()):
+            for entry in row.entries:
+                if entry.column >= 0:
+                    columns[place, entry.column + shift] = entry.source_column + other
+    return None if bool((columns == torch.arange(width)).all()) else columns
+
+
+class Estimates:
+    """Estimated changes of rows and the unpatched metrics `[pair]`, filled block by block."""
+
+    def __init__(self, context: Context, rows: Sequence[Row]) -> None:
+        self.context, self.rows = context, list(rows)
+        pairs = len(context.runs)
+        self.base = np.full(pairs, np.nan, dtype=np.float32)
+        self.source = np.full(pairs, np.nan, dtype=np.float32)
+        self.slope = 0.0
+        self.totals = [np.zeros(1)] * len(self.rows)  # of each row: the plain estimate, then one for each dropped layer
+        self.by_pair: dict[int, list[int]] = {}  # the numbers of each pair's rows
+        for number, row in enumerate(rows):
+            self.by_pair.setdefault(row.pair, []).append(number)
+
+    def add(self, piece: Reading, result: dict) -> None:
+        """Put what came back of one block: every entry of a row whose site it tells of."""
+        scores = result["metric"].float().cpu().numpy()
+        self.slope = max(self.slope, result["slope"])
+        told = {tuple(site): part.float().cpu().numpy() for site, part in result["attributions"].items()}
+        width = piece.program["inputs"]["input_ids"].shape[1]
+        for place, pair in enumerate(piece.asked):
+            self.base[pair], self.source[pair] = scores[2 * place], scores[2 * place + 1]
+            shift = width - len(self.context.runs.base[pair])
+            for number in self.by_pair.get(pair, ()):
+                for entry in self.rows[number].entries:
+                    part = told.get((entry.layer, self.context.names[entry.kind]))
+                    if part is None:
+                        continue
+                    part = part[:, place, shift:] if entry.column < 0 else part[:, place, shift + entry.column]
+                    part = part[..., entry.part] if entry.part >= 0 else part
+                    total = part.reshape(len(part), -1).sum(1, dtype=np.float64)
+                    self.totals[number] = self.totals[number] + total
+
+    def changes(self, cells: int) -> np.ndarray:
+        """Estimated changes `[cell, pair]`; NaN where a cell has no row."""
+        changes = np.full((cells, len(self.base)), np.nan, dtype=np.float32)
+        for row, total in zip(self.rows, self.totals, strict=True):
+            changes[row.cell, row.pair] = grad_drop(total)
+        return changes
+
+
+def grad_drop(estimates: np.ndarray) -> float:
+    """One number from the plain estimate and those with a layer dropped `[1 + dropped]` (GradDrop).
+
+    Its size is their mean size, over one layer less because a node's own layer hides it; its sign is the plain one's.
+    """
+    plain, dropped = estimates[0], estimates[1:]
+    if not len(dropped):
+        return float(plain)
+    return float((np.sign(plain) or np.sign(dropped.sum())) * np.abs(dropped).sum() / (len(dropped) - 1))
+
+
+def estimate(
+    model: Model, context: Context, rows: Sequence[Row], metric: Metric, how: Gradients, budget: int
+) -> Estimates:
+    """Estimates of rows: one gradient program for each block of pairs, and for each group of sites that move by themselves."""
+    estimates = Estimates(context, rows)
+    wanted = {pair: [estimates.rows[number] for number in numbers] for pair, numbers in estimates.by_pair.items()}
+    runs, steps = context.runs, len(how["fractions"])
+    streams = runs.streams + (steps if how["moved"] else 0)
+    pieces = []
+    for block in pack_pairs(runs.order, runs.lengths, streams, budget):
+        groups = [how["tape"]]
+        if steps and not how["moved"]:
+            width = max(runs.lengths[pair] for pair in block)
+            size = max(1, budget // (width * len(block) * steps))
+            groups = [how["tape"][start : start + size] for start in range(0, len(how["tape"]), size)]
+        for group in groups:
+            part: Gradients = {**how, "tape": group}
+            make = partial(program_of, context, part, wanted)
+            pieces.append(Reading.of(block, make))
+    read_all(model, pieces, estimates.add, execute_gradients, metric)
+    return estimates
+
+
+def edge_estimates(
+    model: Model,
+    context: Context,
+    metric: Metric,
+    fractions: tuple[float, ...],
+    groups: Mapping[Place, Sequence[int]],
+    budget: int,
+    bar: tuple[str, bool | None],
+) -> tuple[np.ndarray, float]:
+    """Attributions of every edge `[pair, sender, receiver]`, zero where there is none, and the largest change between runs.
+
+    `groups`: the sites that are moved, each by itself, and the senders (by their number) whose scores come of that.
+    """
+    runs, order = context.runs, context.order
+    scores = np.zeros((len(runs), order.senders, order.receivers), dtype=np.float32)
+    change = 0.0
+
+    def add(piece: Reading, result: dict) -> None:
+        nonlocal change
+        ends = result["metric"][: 2 * len(piece.asked)].float().cpu()
+        change = max(change, float((ends[1::2] - ends[::2]).abs().max()))
+        chosen = groups[piece.key]
+        by_sender = result["edges"].float().cpu().numpy().transpose(0, 2, 1)
+        scores[np.ix_(piece.asked, chosen)] = by_sender[:, chosen]
+
+    pieces = []
+    for block in pack_pairs(runs.order, runs.lengths, runs.streams + len(fractions), budget):
+        for site in groups:
+            how = Gradients(tape=[], fractions=fractions, moved=[site], drop=[], exact_qk=False, by_edge=True)
+            pieces.append(Reading.of(block, partial(program_of, context, how, {}), site))
+    read_all(model, pieces, add, execute_gradients, metric, bar)
+    return scores, change
