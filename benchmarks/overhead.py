@@ -22,7 +22,7 @@ from common import (
 )
 
 import interp
-from interp.engine.run import context_of
+from interp.engine.context import Runs, context_of
 from interp.engine.schedule import make_job
 from interp.engine.trace import execute
 
@@ -63,7 +63,7 @@ def main() -> None:
     rows = []
     for positions in (2, 5):  # so many patches at each layer
         resolved = interp.grid("resid_pre", positions=range(positions)).resolve(model, encoded)
-        context = context_of(model, encoded, "noising", resolved, "growing")
+        context = context_of(model, Runs(encoded), resolved, "growing")
         job = make_job(resolved, context, "growing", 10**6, {})
         assert len(job.chunks) == 1 and not job.prepare
         (chunk,) = job.chunks

@@ -84,7 +84,7 @@ def ablate(
         encoded = model.encode(pairs)
         runs = Runs(encoded, direction).need_source()
         resolved = without_edits(plan.resolve(model, encoded), encoded)
-        return run_cells(Experiment(model, runs, resolved, metric, "ablate", details), how)
+        return run_cells(Experiment(model, runs, resolved, metric, "ablate", pairs.name, details), how)
     encoded = model.encode(pairs.alone())
     references = encode_prompts(model, pairs if reference is None else reference)
     if mode != "zero":
@@ -94,7 +94,9 @@ def ablate(
         drawn = other_prompts(encoded, references, seed)
         details["resample_seed"] = seed
         resolved = without_edits(plan.resolve(model, drawn), drawn)
-        return run_cells(Experiment(model, Runs(drawn, direction), resolved, metric, "ablate", details), how)
+        return run_cells(
+            Experiment(model, Runs(drawn, direction), resolved, metric, "ablate", pairs.name, details), how
+        )
     details["direction"] = None
     resolved = plan.resolve(model, encoded)
     edges_refused(resolved)
@@ -106,7 +108,7 @@ def ablate(
         length = max(map(len, encoded.clean)) if mode == "positional_mean" else None
         values.update(means(model, references, sites, length, how.max_tokens, whole_views(resolved)))
     resolved = with_edits(resolved, lambda edit: replace(edit, op="set", value=values.get(edit.site.place, 0.0)))
-    asked = Experiment(model, Runs(encoded), resolved, metric, "ablate", details, rounding=rounding)
+    asked = Experiment(model, Runs(encoded), resolved, metric, "ablate", pairs.name, details, rounding=rounding)
     return run_cells(asked, how)
 
 

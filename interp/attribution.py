@@ -87,7 +87,7 @@ def attribute(
     alphas = tuple(points) if points is not None else midpoints(steps)
     if not alphas:
         raise PlanError(f"steps={steps}, points={points}: at least one interpolation point is needed")
-    asked = Experiment(model, runs, resolved, metric, f"attribute:{method}", rounding=rounding)
+    asked = Experiment(model, runs, resolved, metric, f"attribute:{method}", pairs.name, rounding=rounding)
     context = context_of(model, runs, resolved, choose_schedule(model, "growing"))
     rows, _ = make_rows(resolved, context, prune=False)
     _check_places(rows, context, method)
@@ -117,6 +117,7 @@ def attribute(
     record = provenance(
         model,
         encoded,
+        pairs.name,
         method=asked.method,
         plan=resolved.spec,
         metric=name_of(metric),

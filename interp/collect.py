@@ -207,8 +207,8 @@ def sites_of(model: Model, layer: Any, component: Any) -> tuple[tuple[str, Site]
     for kind in components:
         if isinstance(kind, View):
             own = kind.tap.layer
-            for number in layers if own is None else [own]:
-                site = model.require(kind.site(number))
+            for chosen in layers if own is None else [own]:
+                site = model.require(kind.site(chosen))
                 made[str(site)] = site
             continue
         kind = Site.parse(kind).kind if "hook" in kind else kind
@@ -216,7 +216,8 @@ def sites_of(model: Model, layer: Any, component: Any) -> tuple[tuple[str, Site]
         if facts is not None and not facts.width:
             instead = "use interp.lens.attention_patterns" if facts.layered else "collect e.g. 'resid_post'"
             raise PlanError(f"{kind!r} cannot be collected: it is no vector of each token; {instead}")
-        for number in layers if facts is None or facts.layered else [None]:
+        at: Sequence[int | None] = layers if facts is None or facts.layered else [None]
+        for number in at:
             site = model.require(Site(kind, layer=number))
             made[str(site)] = site
     return tuple(made.items())

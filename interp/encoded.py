@@ -9,7 +9,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 
@@ -36,8 +36,6 @@ class EncodedPairs:
     positions: dict[str, tuple[tuple[Tokens, Tokens], ...]]
     answer_positions: Tokens
     answer_positions_corrupted: Tokens
-    #: what records and plots call the set; two sets of the same tokens are equal whatever they are called
-    name: str = field(default="", compare=False)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -108,9 +106,8 @@ class EncodedPairs:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hex, of every field but the name: equal for equal pairs, in any process."""
-        values = [getattr(self, part.name) for part in fields(self) if part.compare]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        """SHA-256, in hex, of every field: equal for equal pairs, in any process."""
+        return hashlib.sha256(json.dumps(astuple(self), sort_keys=True).encode()).hexdigest()
 
     def require_aligned(self, what: str) -> None:
         """Refuse `what`, which goes position by position, for pairs of unequal length.

@@ -14,7 +14,7 @@ from .cells import integers
 from .effects import Effects
 from .encoded import EncodedPairs
 from .engine.compile import token_sets
-from .engine.program import Program
+from .engine.program import Place, Program
 from .engine.reading import Reading, encode_prompts, packed, read_all, read_program, readings
 from .engine.run import provenance
 from .engine.schedule import token_budget
@@ -159,7 +159,7 @@ def attention_patterns(
     if not chosen:
         raise PlanError("attention_patterns was given no layer")
     reads = [(layer, "pattern") for layer in sorted(set(chosen))]
-    weights_of: Found = {}
+    weights_of: dict[Place, torch.Tensor] = {}
 
     def program(group: Sequence[int]) -> Program:
         made = read_program(model, [encoded.clean[i] for i in group], reads, last=max(chosen))
@@ -237,17 +237,19 @@ def direct_effects(model: Model, pairs: PromptPairs, by: str = "component") -> E
         at = [width - len(encoded.clean[pair]) + encoded.answer_positions[pair] for pair in group]
         made = read_program(model, prompts, reads)
         answers, distractors = (token_sets(sets, group) for sets in (encoded.answers, encoded.distractors))
-        made.update(at=torch.tensor(at), answers=answers, distractors=distractors)
+        made.update({"at": torch.tensor(at), "answers": answers, "distractors": distractors})
         made["readout"] = {"kind": "direct", "by_source": by == "position"}
         return made
 
     results: list[tuple[Sequence[int], Found]] = []
     pieces = readings(model, [len(prompt) for prompt in encoded.clean], program)
     read_all(model, pieces, lambda piece, result: results.append((piece.asked, result)))
-    return labelled(model, encoded, by, results)
+    return labelled(model, encoded, pairs.name, by, results)
 
 
-def labelled(model: Model, encoded: EncodedPairs, by: str, results: Sequence[tuple[Sequence[int], Found]]) -> Effects:
+def labelled(
+    model: Model, encoded: EncodedPairs, name: str, by: str, results: Sequence[tuple[Sequence[int], Found]]
+) -> Effects:
     """The parts of every batch as one record."""
     n, lengths = len(encoded), [len(prompt) for prompt in encoded.clean]
     names = {
@@ -293,6 +295,7 @@ def labelled(model: Model, encoded: EncodedPairs, by: str, results: Sequence[tup
     record = provenance(
         model,
         encoded,
+        name,
         method="direct_effects",
         metric="logit_diff" if encoded.distractors is not None else "logit",
         direction=None,

@@ -8,7 +8,7 @@ attributes or as items. A metric of your own must use torch alone: it also runs 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def rank(logits: Tensor, batch: Any) -> Tensor:
     return (logits > chosen.max(1, keepdim=True).values).sum(1).float()
 
 
-def score(metric: Metric, logits: Tensor, program: dict[str, Any]) -> Tensor:
+def score(metric: Metric, logits: Tensor, program: Mapping[str, Any]) -> Tensor:
     """Apply a metric to logits `[row, d_vocab]` with the batch that a program describes: `[row]` in fp32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     batch = Batch()

@@ -218,5 +218,5 @@ class PromptPairs:
         return EncodedPairs(
             ids["clean"], ids.get("corrupted"), sets["answers"], sets["distractors"],
             labels["clean"], labels.get("corrupted", ()), named,
-            tuple(ends["clean"]), tuple(ends.get("corrupted", ())), self.name,
+            tuple(ends["clean"]), tuple(ends.get("corrupted", ())),
         )  # fmt: skip

@@ -49,7 +49,7 @@ def patch(
     options = Options(schedule, max_tokens, progress, checkpoint)
     encoded = model.encode(pairs)
     runs = Runs(encoded, direction).need_source()
-    return run_cells(Experiment(model, runs, plan.resolve(model, encoded), metric, "patch"), options)
+    return run_cells(Experiment(model, runs, plan.resolve(model, encoded), metric, "patch", pairs.name), options)
 
 
 def comprehensive_activation_patching(

@@ -52,4 +52,4 @@ def path_patch(
     plan = paths(senders, receivers, together=together, through_mlps=through_mlps)
     encoded = model.encode(pairs)
     runs = Runs(encoded, direction).need_source()
-    return run_cells(Experiment(model, runs, plan.resolve(model, encoded), metric, "path_patch"), how)
+    return run_cells(Experiment(model, runs, plan.resolve(model, encoded), metric, "path_patch", pairs.name), how)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .errors import SiteError
 
@@ -172,7 +172,7 @@ class Site:
                 f"cannot read site {text!r}; write e.g. 'L9.H6.z@-1', 'L5.resid_pre', 'L3.H2', 'L3.mlp', "
                 "'embed', 'logits' or 'blocks.9.attn.hook_z'"
             )
-        part = {
+        part: dict[str, Any] = {
             key: int(found[key]) if found[key] is not None else None for key in ("layer", "head", "unit", "position")
         }
         kind = found["bare"] or found["kind"] or ("head_out" if part["head"] is not None else None)

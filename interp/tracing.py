@@ -98,7 +98,7 @@ def causal_trace(
         "subject": [list(span) for span in spans],
     }
     runs = Runs(drawn, "denoising", Noise(noise * std, tuple(at)))
-    asked = Experiment(model, runs, resolved, metric, "causal_trace", details, rounding=rounding)
+    asked = Experiment(model, runs, resolved, metric, "causal_trace", pairs.name, details, rounding=rounding)
     return by_pair(run_cells(asked, how), len(encoded), samples, options.get("average", True))
 
 

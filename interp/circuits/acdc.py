@@ -75,7 +75,7 @@ def acdc(
         return found.values.mean("pair").values.tolist(), expected
 
     resolved = Resolved((), (Cell((0,), cut=kept.T.copy()),), {})
-    asked = Experiment(model, runs, resolved, metric, "acdc", {"threshold": threshold})
+    asked = Experiment(model, runs, resolved, metric, "acdc", details={"threshold": threshold})
     shown = None if options.progress is None else not options.progress
     with (
         tqdm(total=len(order), disable=shown, desc="acdc", unit="edge") as bar,

@@ -115,8 +115,8 @@ class Runs:
 class Experiment:
     """Cells on the runs of pairs, scored by a metric: all that the engine is asked, and what the record says of it.
 
-    `details` are facts of the method, for provenance and for the identity of a checkpoint; `rounding` is what `check_metric`
-    said of the metric, where the caller has asked already.
+    `name` is what records and plots call the pairs; `details` are facts of the method, for provenance and for the identity
+    of a checkpoint; `rounding` is what `check_metric` said of the metric, where the caller has asked already.
     """
 
     model: Model
@@ -124,6 +124,7 @@ class Experiment:
     resolved: Resolved
     metric: Metric
     method: str
+    name: str = ""
     details: Mapping[str, object] = field(default_factory=dict)
     reference: Reference = "source"
     rounding: float | None = None

@@ -6,7 +6,7 @@ Standard library and torch only: these functions are shipped by source to a remo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ..sites import KIND
 from .attention import edit_core, edit_heads, edit_probabilities, write_pattern
 from .readout import lens_rows, readout
 from .state import Run
+
+if TYPE_CHECKING:
+    from .program import NoiseTable
 
 #: Kinds that others are read off and written through.
 THROUGH = {kind.through for kind in KIND.values()} - {""}
@@ -81,7 +84,7 @@ def enter(run: Run, layer: int, block: Envoy) -> None:
     block.inputs = ((hidden, *others), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
 
-def add_noise(x: Tensor, noise: dict[str, Any]) -> Tensor:
+def add_noise(x: Tensor, noise: NoiseTable) -> Tensor:
     """Embeddings `[row, position, d_model]` with noise made here from each token's own seed: nothing is shipped."""
     x = x.clone()
     for row, column, seed in noise["table"].tolist():

@@ -35,7 +35,7 @@ def identify(asked: Experiment, context: Context, schedule: str, budget: int) ->
     Reads every weight once; a model whose weights are elsewhere is known by its name and revision.
     """
     model, encoded = asked.model, asked.runs.encoded
-    parts = [part.name for part in fields(encoded) if part.compare]
+    parts = [part.name for part in fields(encoded)]
     return {
         "model": {
             "name": model.name,

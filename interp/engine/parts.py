@@ -65,7 +65,7 @@ class Part:
             kept = [
                 self.chunk.pairs.index(pair) * streams + stream for pair in chunk.pairs for stream in range(streams)
             ]
-            chunk.program.update(use=program["use"], pick=program["pick"][kept], column=column)
+            chunk.program.update({"use": program["use"], "pick": program["pick"][kept], "column": column})
         return Part(self.job, self.index, chunk, self.prepared, divided=True)
 
     def alone(self) -> Part:

@@ -80,10 +80,10 @@ def chosen_rows(weight: Tensor, program: Program) -> Tensor:
 
 def difference(values: Tensor, program: Program) -> Tensor:
     """Answers minus distractors (where there are any) of `values [row, d_vocab]`: `[row]`."""
-    out = gather(values, program["answers"].to(values.device), "mean")
-    if program["distractors"] is not None:
-        out = out - gather(values, program["distractors"].to(values.device), "mean")
-    return out
+    answers, distractors = program["answers"], program["distractors"]
+    assert answers is not None
+    out = gather(values, answers.to(values.device), "mean")
+    return out if distractors is None else out - gather(values, distractors.to(values.device), "mean")
 
 
 def direct(model: Envoy, run: Run, spec: dict[str, Any]) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def make_rows(resolved: Resolved, context: Context, prune: bool) -> tuple[list[R
             plain = edited_row(cell, number, ends, context)
             if plain is None:  # a position that this pair has not
                 continue
+            row: Row | None
             if cell.cut is not None:
                 row = cut_row(cell, number, ends, context)
             elif cell.edges:
@@ -166,7 +167,7 @@ def cut_row(cell: Cell, number: int, ends: Ends, context: Context) -> Row:
     start = (ends.differs if counterfactual else 0) - ends.base
     stage, trunk = cut_stage(cell.cut, context.order), None
     mask = context.mask_of[id(cell.cut)]
-    if cell.trunk is not None and (branch := cut_stage(cell.cut != cell.trunk, context.order)) > 0:
+    if cell.trunk is not None and (branch := cut_stage(np.not_equal(cell.cut, cell.trunk), context.order)) > 0:
         trunk = Row(ends.pair, -1, 0, start, (), cut=context.mask_of[id(cell.trunk)])
         stage = branch
     return Row(ends.pair, number, stage, start, (), helper=trunk, cut=mask)
@@ -174,7 +175,7 @@ def cut_row(cell: Cell, number: int, ends: Ends, context: Context) -> Row:
 
 def cut_stage(cut: np.ndarray, order: Order) -> int:
     """The lowest layer at which any edge is cut; the number of layers where only the logits' edges are."""
-    receivers = cut.any(1).nonzero()[0]
+    receivers = np.flatnonzero(cut.any(1))
     return order.layer_read(int(receivers[0])) if len(receivers) else order.n_layers
 
 

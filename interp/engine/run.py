@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -56,7 +57,7 @@ def check_cells(metric: Metric, model: Model, values: np.ndarray, cells: Sequenc
         )
 
 
-def provenance(model: Model, encoded: EncodedPairs, **more: object) -> dict[str, object]:
+def provenance(model: Model, encoded: EncodedPairs, name: str, **more: object) -> dict[str, object]:
     """What a record needs to say where it came from."""
     labels = [list(row) for row in encoded.labels]
     return {
@@ -69,7 +70,7 @@ def provenance(model: Model, encoded: EncodedPairs, **more: object) -> dict[str,
         "versions": {name: version(name) for name in PACKAGES},
         "seed": current_seed(),
         "prompts": {
-            "name": encoded.name,
+            "name": name,
             "clean": [list(prompt) for prompt in encoded.clean],
             "corrupted": None if encoded.corrupted is None else [list(prompt) for prompt in encoded.corrupted],
             "answers": None if encoded.answers is None else [list(tokens) for tokens in encoded.answers],
@@ -96,7 +97,7 @@ def run_cells(asked: Experiment, options: Options | None = None) -> Effects:
         rounding = check_metric(metric, runs.encoded, model.vocab_size, dtype=model.dtype)
     context = context_of(model, runs, asked.resolved, schedule, asked.reference)
     budget = options.max_tokens or begun.get("budget") or token_budget(model)
-    identity: Mapping[str, object] = {}
+    identity: dict[str, Any] = {}
     if options.checkpoint is not None:  # this reads every weight
         identity = identify(asked, context, schedule, budget)
     job = make_job(asked.resolved, context, schedule, budget, identity)
@@ -108,6 +109,7 @@ def run_cells(asked: Experiment, options: Options | None = None) -> Effects:
     record = provenance(
         model,
         runs.encoded,
+        asked.name,
         method=asked.method,
         plan=asked.resolved.spec,
         metric=name_of(metric),

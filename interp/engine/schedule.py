@@ -222,7 +222,7 @@ def _add_block(job: Job, number: int, block: list[int], rows: list[Row], budget:
         made = compile_chunk(members, context, schedule, column, width=width, first_layer=first)
         streams_of = [block.index(pair) * streams + side for pair in made.pairs for side in range(streams)]
         if first or column:
-            made.program.update(use=number, pick=torch.tensor(streams_of), column=column)
+            made.program.update({"use": number, "pick": torch.tensor(streams_of), "column": column})
         _append(job, made, number if first or column else None)
 
 

@@ -64,7 +64,8 @@ def program_of(context: Context, how: Gradients, wanted: dict[int, list[Row]], b
         program["gradient"] = first + torch.arange(len(block) * steps).reshape(len(block), steps)
     elif steps:
         program["steps"] = rows_by_site(chunk.rows, len(block), moved, steps, first)
-    program.update(columns=source_columns(context, block, wanted, width), drop=how["drop"], exact_qk=how["exact_qk"])
+    columns = source_columns(context, block, wanted, width)
+    program.update({"columns": columns, "drop": how["drop"], "exact_qk": how["exact_qk"]})
     return program
 
 

@@ -98,8 +98,8 @@ class Run:
                 written = write_through(x, self.views[name], own, self.values.get((layer, name)))
                 groups, x = own, written if live is None else x.copy_(written)
         if site in self.reads:
-            own = by_part(self.taps, kind, x)
-            self.kept[site] = own.clone() if own is x else own  # a block may add to it in place later (Falcon)
+            part = by_part(self.taps, kind, x)
+            self.kept[site] = part.clone() if part is x else part  # a block may add to it in place later (Falcon)
         for name in views:
             if (layer, name) in self.reads:
                 parts = parts_of(self.views[name], x)

@@ -121,7 +121,7 @@ def rotates_by_length(module: Envoy) -> bool:
 
 def sizes(module: Envoy) -> tuple[int, int]:
     """(out, in) of a projection, by what it says of itself: packed weights of quantised layers have another shape."""
-    inner = getattr(module, "_module", module)
+    inner: Envoy = getattr(module, "_module", module)
     if hasattr(inner, "out_features"):
         return int(inner.out_features), int(inner.in_features)
     if hasattr(inner, "nf"):  # transformers' Conv1D
@@ -135,7 +135,7 @@ def as_it_says(module: Envoy) -> bool:
 
     An adapter, a quantised or parametrised layer is of another class; hooks and a replaced forward show on the module.
     """
-    inner = getattr(module, "_module", module)
+    inner: Envoy = getattr(module, "_module", module)
     kind = type(inner)
     if (kind.__module__, kind.__name__) not in PROJECTIONS or inner._forward_hooks or inner._forward_pre_hooks:
         return False
@@ -155,7 +155,7 @@ def affine(module: Envoy, x: Tensor) -> tuple[Tensor, Tensor | None]:
     Raises:
         AuditError: a module that is no affine map at x: a clipped projection, or one that quantises its input.
     """
-    inner = getattr(module, "_module", module)
+    inner: Envoy = getattr(module, "_module", module)
     if as_it_says(module):
         weight = inner.weight.T if type(inner).__name__ == "Conv1D" else inner.weight
         return weight, inner.bias
