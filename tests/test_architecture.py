@@ -20,8 +20,8 @@ ROOT = Path(interp.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 #: Rooms from the first to the last: a module imports from rooms that stand before its own.
 ROOMS = (
-    "errors", "files", "seeds", "order", "sites", "edits", "views", "metrics", "tokens", "prompts", "encoded", "pairs", "cells",
-    "plan", "options", "spans", "effects", "models", "engine", "audit", "shards", "methods", "circuits", "saes", "plots", "tracking", "tasks",
+    "errors", "files", "seeds", "order", "sites", "edits", "views", "metrics", "tokens", "prompts", "encoded", "pairs",
+    "cells", "plan", "options", "spans", "effects", "models", "engine", "audit", "shards", "methods", "circuits", "saes", "plots", "tracking", "tasks",
 )  # fmt: skip
 #: Methods stand beside one another and import nothing of each other.
 METHODS = ("patching", "paths", "tracing", "ablation", "attribution", "lens", "collect")
@@ -34,7 +34,8 @@ BACKWARD = {
 #: What is sent to a server by source, and what else such a file may import. Six files at first; the engine's
 #: part has become several.
 SHIPPED = (
-    "errors.py", "order.py", "sites.py", "edits.py", "views.py", "metrics.py", "models/layout.py", "engine/trace.py", "engine/forward.py",
+    "errors.py", "order.py", "sites.py", "edits.py", "views.py", "metrics.py",
+    "models/layout.py", "engine/trace.py", "engine/forward.py",
     "engine/attention.py", "engine/state.py", "engine/readout.py", "engine/edges.py", "engine/gradients.py",
     "engine/edge_gradients.py", "engine/rotary.py", "engine/views.py",
 )  # fmt: skip
@@ -53,7 +54,6 @@ LONG = {
     "plan.py": 330,
     "circuits/circuit.py": 400,
     "engine/edges.py": 350,
-    "attribution.py": 350,
     "collect.py": 370,
     "lens.py": 310,
 }
