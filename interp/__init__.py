@@ -11,9 +11,10 @@ from .models.model import Model
 from .pairs import PromptPairs
 from .patching import comprehensive_activation_patching, patch
 from .paths import path_patch
-from .plan import Plan, grid, heads, neurons, sets
+from .plan import Plan, features, grid, heads, neurons, sets
 from .seeds import set_seed
 from .sites import Site
+from .views import View
 
 if TYPE_CHECKING:
     from .ablation import ablate
@@ -49,6 +50,7 @@ __all__ = [
     "Plan",
     "PromptPairs",
     "Site",
+    "View",
     "ablate",
     "attribute",
     "causal_trace",
@@ -57,6 +59,7 @@ __all__ = [
     "direct_effects",
     "discover",
     "evaluate_circuit",
+    "features",
     "grid",
     "heads",
     "iterative_pruning",

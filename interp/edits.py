@@ -110,7 +110,9 @@ def group_edits(table: Tensor, kinds: Sequence[str]) -> dict[tuple[int, str], li
     unique, inverse = torch.unique(key, dim=0, return_inverse=True)
     for index, (layer, kind, op, everywhere, whole) in enumerate(unique.tolist()):
         rows = table[inverse == index].long()
-        fields = [rows[:, place[name]] for name in ("row", "source", "column", "source_column", "part", "value")]
+        fields = [
+            rows[:, place[name]].contiguous() for name in ("row", "source", "column", "source_column", "part", "value")
+        ]
         groups.setdefault((layer, kinds[kind]), []).append(Group(OPS[op], bool(everywhere), bool(whole), *fields))
     return groups
 

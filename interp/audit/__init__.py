@@ -13,12 +13,14 @@ from ..errors import AuditError, InterpError
 from ..models.model import Model
 from ..models.steady import steady
 from ..sites import KINDS
+from ..views import View
 from .laws import LAWS, check_laws
 from .parts import Finding
 from .plain import plain_run
 from .reads import check_reads as _read_findings
 from .reads import read_all
 from .runs import check_embed, check_identity, check_padding
+from .views import check_views
 from .writes import check_writes
 
 
@@ -44,7 +46,7 @@ class AuditReport:
             said = f"{finding.what} at layer {finding.layer} is off by {finding.error:.3g} (allowed {finding.tolerance:.1g})"
             if finding.what != "law" and finding.note and finding.error == float("inf"):
                 said = finding.note
-            if finding.what == "law":
+            if finding.what == "law" and finding.kind in LAWS:
                 said = f"it does not hold that {LAWS[finding.kind]} ({finding.note or said.removeprefix('law ')})"
             out.setdefault(finding.kind, said)
         return out
@@ -54,7 +56,7 @@ class AuditReport:
             f"audit of {self.model} ({self.family})",
             f"{'site or law':<15}{'check':<12}{'layers':>7}{'worst/allowed':>15}  ",
         ]
-        for kind in (*KINDS, *LAWS):
+        for kind in dict.fromkeys((*KINDS, *LAWS, *(finding.kind for finding in self.findings))):
             for what in ("read", "write", "self-patch", "padding", "law"):
                 found = [finding for finding in self.findings if (finding.kind, finding.what) == (kind, what)]
                 if not found:
@@ -113,12 +115,15 @@ def _refuse(model: Model, report: AuditReport) -> None:
         )
 
 
-def audit(model: Model, *, length: int = 9, layers: Sequence[int] | None = None) -> AuditReport:
+def audit(
+    model: Model, *, length: int = 9, layers: Sequence[int] | None = None, views: Sequence[View] = ()
+) -> AuditReport:
     """Prove the reads and writes of every kind of site at every layer, on the model itself.
 
     Args:
         length: tokens of the random prompts used.
         layers: layers whose writes are checked; all by default.
+        views: views of one's own that are held to the laws of views, at their layers.
 
     Returns:
         AuditReport; kinds that failed are refused by later experiments on this model, with the reason.
@@ -136,6 +141,7 @@ def audit(model: Model, *, length: int = 9, layers: Sequence[int] | None = None)
             findings += check_writes(model, prompt, other, layer, plain, kinds)
         findings += [*check_embed(model, prompt, plain), *check_identity(model, prompt, plain, kinds)]
         findings += [*check_padding(model, prompt), *check_laws(model, prompt, other, plain, run["reads"])]
+        findings += check_views(model, prompt, plain, views)
     report = _report(model, findings)
     _refuse(model, report)
     return report
