@@ -110,7 +110,7 @@ class View:
             raise PlanError(f"view {self.name!r} is at {tap}, which has no tensor of its own; take e.g. 'resid_post'")
         if tap.part is not None or tap.position is not None:
             raise PlanError(
-                f"view {self.name!r} is at {tap}, one part of a tensor; give the kind, and a layer if it is one's own"
+                f"view {self.name!r} is at {tap}, a part of a tensor; give its kind, and a layer if it is of one"
             )
         if self.parts < 1:
             raise PlanError(f"view {self.name!r} has {self.parts} parts; it needs one or more")

@@ -63,9 +63,9 @@ def check_view(view: View, layer: int, x: Tensor) -> Iterator[Finding]:
     by_x = torch.randn(x.shape, generator=generator).to(x)
     moved = seen.write(x, old, old + step, seen.tensors) - x
     by_part = pulled(seen, by_x).flatten(2)
-    got, want = (by_part * step.flatten(2)).sum(-1), (by_x * moved).sum(-1)
+    pulled_back, wrote = (by_part * step.flatten(2)).sum(-1, keepdim=True), (by_x * moved).sum(-1, keepdim=True)
     size = (by_x.abs() * moved.abs()).sum(-1, keepdim=True)  # what was added up, of either sign
-    yield compare(view.name, "law", layer, got[..., None], want[..., None], beside=[size])
+    yield compare(view.name, "law", layer, pulled_back, wrote, beside=[size])
     some = sorted({0, view.parts // 2, view.parts - 1})
     part = view.seen(some)
     yield compare(
