@@ -336,6 +336,19 @@ def test_plans_without_an_estimate(plan: Plan, method: str, error: type[Exceptio
         attribute(loaded("gpt2"), pairs_of(5), plan, method=method)
 
 
+@pytest.mark.parametrize("method", ["atp", "atp*", "ig", "ig-activations"])
+def test_weights_that_want_gradients_of_their_own_change_nothing(method: str) -> None:
+    """Models are loaded so by transformers; those of most tests here are frozen."""
+    hf, tokenizer = tiny("llama_gqa")
+    model = interp.load_model(hf.requires_grad_(True), tokenizer=tokenizer)
+    plan = interp.heads(["z", "q", "head_out", *(["pattern"] if method != "ig-activations" else [])])
+    found = attribute(model, pairs_of(5, 6), plan, method=method)
+    np.testing.assert_array_equal(
+        found.values, attribute(loaded("llama_gqa"), pairs_of(5, 6), plan, method=method).values
+    )
+    assert all(parameter.grad is None for parameter in hf.parameters())
+
+
 def test_runs_without_an_estimate() -> None:
     model, plan = loaded("gpt2"), interp.grid("z")
     for option in ({"verify": -1}, {"max_tokens": 0}):

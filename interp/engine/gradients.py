@@ -96,7 +96,8 @@ def products(model: Envoy, taps: Taps, program: Program, tape: Tape, gradients: 
     `[pair, position]`, with a head axis for kinds by head and a unit axis for hidden units and the parts of views.
     """
     sites = [(layer, kind) for layer, kind in program["tape"]]
-    return {site: product(model, taps, program, tape, gradients, site) for site in sites}
+    with torch.no_grad():  # weights and a view's functions may want gradients of their own
+        return {site: product(model, taps, program, tape, gradients, site) for site in sites}
 
 
 def product(model: Envoy, taps: Taps, program: Program, tape: Tape, gradients: Gradients, site: Place) -> Tensor:
