@@ -118,5 +118,6 @@ for family in ("gpt2", "llama_gqa"):
     keep(f"{family}: padded edges", interp.discover(model, pairs, "eap-ig", progress=False))
 if not quick:
     model = interp.load_model("smollm2-135m")
+    model.hf.requires_grad_(False)  # 137d0c9 cannot attribute heads' outputs where weights want gradients
     jobs("smollm2-135m", model, _ioi(model), [3, 14, 29], False)
 np.savez(out, **numbers)
