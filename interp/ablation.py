@@ -140,7 +140,7 @@ def sites_of(resolved: Resolved) -> list[Place]:
         PlanError: the mean of a pattern.
     """
     sites = sorted({edit.site.place for cell in resolved.cells for edit, _ in cell.edits})
-    if any(kind in KIND and KIND[kind].view == "pattern" for _, kind in sites):
+    if any(kind in KIND and KIND[kind].view == "mixture" for _, kind in sites):
         raise PlanError(
             "a mean attention pattern is not defined: rows attend to different numbers of positions, and prompts "
             "differ in length; ablate 'z', or take mode='zero', 'resample' or 'counterfactual'"

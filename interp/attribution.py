@@ -135,7 +135,7 @@ def _check_cells(model: Model, resolved: Resolved, method: str) -> None:
     if any(cell.edges or any(edit.op != "replace" for edit, _ in cell.edits) for cell in resolved.cells):
         raise PlanError("attribution estimates patches from the source run; constants and edges have no estimate")
     for kind in dict.fromkeys(edit.site.kind for cell in resolved.cells for edit, _ in cell.edits):
-        if method == "ig-activations" and kind in KIND and KIND[kind].view == "pattern":
+        if method == "ig-activations" and kind in KIND and KIND[kind].view == "mixture":
             raise PlanError("'ig-activations' has no path between two attention patterns; use 'atp' or 'ig'")
         if method == "atp*" and kind in EXACT:
             model.rests_on(f"attribute(method={method!r}) at {kind}", "pattern", "z")

@@ -91,17 +91,21 @@ def checked(resolved: Resolved, encoded: EncodedPairs) -> Resolved:
         raise PlanError("the plan has no cells: no layer, head, unit or position is left to patch")
     if encoded.corrupted is None:
         return resolved
-    edits = {(edit.site.kind, edit.op, place.name) for cell in resolved.cells for edit, place in cell.edits}
-    if any(kind == "pattern" and op == "replace" for kind, op, _ in edits):
+    edits = {
+        (edit.site.facts.view == "mixture", edit.op, place.name)
+        for cell in resolved.cells
+        for edit, place in cell.edits
+    }
+    if any(mixes and op == "replace" for mixes, op, _ in edits):
         encoded.require_aligned("patching a pattern")
-    for kind, _, name in sorted(edits, key=str):
+    for mixes, _, name in sorted(edits, key=str):
         for pair, (clean, corrupted) in enumerate(encoded.positions[name] if name is not None else ()):
             if len(clean) != len(corrupted):
                 raise PairsError(
                     f"position {name!r} of pair {pair} is {len(clean)} tokens in the clean prompt {clean} and "
                     f"{len(corrupted)} in the corrupted one {corrupted}; patching needs as many in both"
                 )
-            if kind == "pattern" and clean != corrupted:
+            if mixes and clean != corrupted:
                 raise PlanError(
                     f"a pattern's row attends to the positions before it, so it is patched at one position in both "
                     f"prompts, but {name!r} of pair {pair} is at {clean} and at {corrupted}"

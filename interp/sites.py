@@ -16,8 +16,9 @@ class Kind(NamedTuple):
     """What a kind of site is: one line of the table `TABLE`, which everything asks that must treat kinds apart.
 
     `axis` is what its activation is divided into ("head", "kv head", "unit"; "" for nothing) and `view` how those parts
-    stand in the tensor of its tap (`interp.engine.views`): "whole", "slice" (an indexed part), "decoder" (parts are seen
-    in `through` and written as their difference, decoded) or "pattern". `width` is what a number of the site belongs to.
+    stand in the tensor of its tap (`interp.views`): "whole", "slice" (an indexed part), "decoder" (parts are seen in
+    `through` and written as their difference, decoded) or "mixture" (z = P·v of a pattern P). `width` is what a number of
+    the site belongs to.
     """
 
     name: str
@@ -49,7 +50,7 @@ TABLE = (
     Kind("v", "kv head", "slice", "d_head", reads="v", hook="attn.hook_v"),
     Kind("q_rot", "head", "slice", "d_head", hook="attn.hook_rot_q"),
     Kind("k_rot", "kv head", "slice", "d_head", hook="attn.hook_rot_k"),
-    Kind("pattern", "head", "pattern", "", through="z", hook="attn.hook_pattern"),
+    Kind("pattern", "head", "mixture", "", through="z", hook="attn.hook_pattern"),
     Kind("z", "head", "slice", "d_head", hook="attn.hook_z"),
     Kind("head_out", "head", "decoder", through="z", sends=True, hook="attn.hook_result"),
     Kind("attn_out", branch=True, hook="hook_attn_out"),

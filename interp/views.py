@@ -106,7 +106,7 @@ class View:
         if not re.fullmatch(r"[A-Za-z]\w*", self.name) or self.name in TABLE_KINDS:
             raise PlanError(f"a view cannot be named {self.name!r}: a word, and none of {', '.join(TABLE_KINDS)}")
         tap = self.tap
-        if tap.kind not in KIND or KIND[tap.kind].width == "" or KIND[tap.kind].view in ("decoder", "pattern"):
+        if tap.kind not in KIND or KIND[tap.kind].width == "" or KIND[tap.kind].view in ("decoder", "mixture"):
             raise PlanError(f"view {self.name!r} is at {tap}, which has no tensor of its own; take e.g. 'resid_post'")
         if tap.part is not None or tap.position is not None:
             raise PlanError(

@@ -32,7 +32,7 @@ def check_writes(
     row_of: dict[str, int] = {}
     for kind in kinds:
         row_of[kind] = 2 + len(row_of)
-        if KIND[kind].view == "pattern":
+        if KIND[kind].view == "mixture":
             edits.append(entry(layer, kind, "replace", row_of[kind], source=1))
             continue
         tensor = base[layer, KIND[kind].through or kind]  # a head's output is written as a step of its z

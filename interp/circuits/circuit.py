@@ -6,7 +6,6 @@ Imports networkx and numpy; nothing here runs a model.
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,8 +16,10 @@ import numpy as np
 
 from ..errors import CircuitError
 from ..sites import Site
+from .files import LEVELS, Parts, Place, read_parts, write_json
+from .files import field as field_of
 from .graph import (
-    Edge,
+    Link,
     connected_edges,
     edge_graph,
     edge_name,
@@ -29,9 +30,8 @@ from .graph import (
     node_graph,
     widest_paths,
 )  # fmt: skip
-from .nodes import EMBED, Facts, node, order
+from .nodes import EMBED, Facts, is_head, is_input, node, order
 
-LEVELS = ("edge", "node")
 #: What a union or an intersection of two circuits keeps of their meta where they agree.
 SHARED = ("model", "method", "metric")
 
@@ -134,12 +134,12 @@ class Circuit:
         if self.level == "edge":
             found = [(e[:2], e[2].get("score")) for e in self.graph.edges(data=True) if e[2]["kind"] == "edge"]
             return dict(sorted(found, key=lambda item: (order(item[0][0]), order(item[0][1]))))
-        kept = [n for n in sorted(self.graph, key=order) if n.kind in ("head_out", "mlp_out", "embed")]
-        scored = {n: self.graph.nodes[n].get("score") for n in kept}
-        return {n: score for n, score in scored.items() if n != EMBED or score is not None}
+        kept = [site for site in sorted(self.graph, key=order) if site.facts.sends]
+        scored = {site: self.graph.nodes[site].get("score") for site in kept}
+        return {site: score for site, score in scored.items() if site != EMBED or score is not None}
 
     @cached_property
-    def _edges(self) -> list[Edge]:
+    def _edges(self) -> list[Link]:
         if self.level == "edge":
             return list(self._items)
         found = [(s, r) for s, r, kind in self.graph.edges(data="kind") if kind == "edge"]
@@ -155,7 +155,7 @@ class Circuit:
         if level not in LEVELS:
             raise CircuitError(f"level must be one of {LEVELS}, not {level!r}")
         sites = sorted(self.graph, key=order)
-        return [site.node for site in sites if level == "edge" or site.kind not in ("q", "k", "v")]
+        return [site.node for site in sites if level == "edge" or not is_input(site)]
 
     @property
     def n_edges(self) -> int:
@@ -284,18 +284,26 @@ class Circuit:
             raise CircuitError(f"{site.node} is not in the circuit")
         return [(tuple(n.node for n in path), width) for path, width in widest_paths(self.graph, site, k)]
 
-    def to_json(self, path: str | os.PathLike[str]) -> None:
+    def to_json(self, path: Place) -> None:
         """Write a JSON file of schema `interp.circuit`. CircuitError: a place that cannot be written."""
-        from .formats import to_json
-
-        to_json(self, path)
+        write_json(self, path)
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> Circuit:
-        """Read a file of `to_json`. CircuitError: a file that is not one, with the line or field at fault."""
-        from .formats import from_json
+    def from_json(cls, path: Place) -> Circuit:
+        """Read a file of `to_json`.
 
-        return from_json(path)
+        Raises:
+            CircuitError: no such file, no JSON, another schema, a newer version, a field missing, unknown, wrong; it names
+                the line or field at fault.
+        """
+        return cls.of(read_parts(path), path)
+
+    @classmethod
+    def of(cls, parts: Parts, path: Place) -> Circuit:
+        """The circuit that a file tells of."""
+        make: Any = cls.from_edges if parts.level == "edge" else cls.from_nodes
+        with field_of(path, f"{parts.level}s"):
+            return make(parts.items, parts.facts, parts.meta)
 
     @property
     def _kept(self) -> set[Any]:
@@ -330,7 +338,7 @@ class Circuit:
     @cached_property
     def heads(self) -> list[tuple[int, int]]:
         """The heads as sorted (layer, head)."""
-        return sorted((s.layer, s.head) for s in self.graph if s.kind == "head_out")
+        return sorted((s.layer, s.head) for s in self.graph if is_head(s))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self.heads)
@@ -362,7 +370,7 @@ class Circuit:
         return f"<b>{html.escape(repr(self))}</b><table>{head}{rows}</table>"
 
 
-def _name(item: Site | Edge) -> Any:
+def _name(item: Site | Link) -> Any:
     return item.node if isinstance(item, Site) else (item[0].node, item[1].node)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from ..errors import CircuitError
 from ..sites import Site
 from .circuit import Circuit
-from .formats import Place, add, built, field, read_json, refuse, typed, write_text
-from .nodes import EMBED, LOGITS, Facts
+from .files import Items, Parts, Place, add, field, read_json, refuse, typed, write_text
+from .nodes import EMBED, LOGITS, Facts, is_head, is_input
 
 _NODE = re.compile(r"^(?:a(\d+)\.h(\d+)|m(\d+)|input|logits)(?:<([qkv])>)?$")
 
@@ -52,7 +52,7 @@ def to_eap_ig(circuit: Circuit, path: Place, facts: Facts | Any = None, *, d_mod
     edges: dict[str, Any] = {}
     for r, receiver in enumerate(known.receivers):
         heads = known.heads_behind(receiver) or (receiver,)
-        slot = f"<{receiver.kind}>" if receiver.kind in ("q", "k", "v") else ""
+        slot = f"<{receiver.kind}>" if is_input(receiver) else ""
         for s, sender in enumerate(known.senders[: known.upstream_count(receiver)]):
             share = scores.get((sender.node, receiver.node), 0.0) / len(heads)
             for head in heads:
@@ -88,7 +88,7 @@ def from_eap_ig(path: Place, *, n_kv_heads: int | None = None, only_kept: bool =
     with field(path, "cfg"):
         facts = Facts.of({**known, "n_kv_heads": n_kv_heads or cfg["n_heads"]})
         full = Facts.of({**known, "n_kv_heads": cfg["n_heads"]})
-    nodes: dict[Any, float | None] = {}
+    nodes: Items = {}
     for name, entry in data["nodes"].items():
         with field(path, f"nodes[{json.dumps(name)}]"):
             entry = entry if isinstance(entry, dict) else {"in_graph": entry}
@@ -98,31 +98,31 @@ def from_eap_ig(path: Place, *, n_kv_heads: int | None = None, only_kept: bool =
             unscored = score is None or (isinstance(score, float) and math.isnan(score))  # NaN: never scored
             if site != LOGITS and (entry["in_graph"] or not only_kept) and not (site == EMBED and unscored):
                 add(nodes, (site,), None if unscored else score, full)
-    edges: dict[Any, float | None] = {}
+    edges: Items = {}
     kept: set[Any] = set()
     group = full.n_heads // facts.n_kv_heads
     for name, entry in data["edges"].items():
         with field(path, f"edges[{json.dumps(name)}]"):
             start, arrow, end = name.partition("->")
-            one: dict[Any, float | None] = {}
+            one: Items = {}
             if not arrow or not isinstance(entry, dict) or not isinstance(entry.get("in_graph"), bool):
                 raise CircuitError('an edge is "a->b": {"score": number, "in_graph": true or false}')
             add(one, (_from_eap(start), _from_eap(end)), entry.get("score"), full, required=True)
             (((sender, receiver), score),) = one.items()
-            if receiver.kind in ("k", "v"):
+            if receiver.axis == "kv head":
                 receiver = receiver.at(head=receiver.head // group)
             edges[sender, receiver] = (edges.get((sender, receiver)) or 0.0) + (score or 0.0)
             kept |= {(sender, receiver)} if entry["in_graph"] or not only_kept else set()
     meta = {key: cfg[key] for key in ("d_model",) if key in cfg}
     if any(score is not None for score in nodes.values()) and not any(edges.values()):
-        return built(path, "node", nodes, facts, meta)
-    return built(path, "edge", {edge: score for edge, score in edges.items() if edge in kept}, facts, meta)
+        return Circuit.of(Parts("node", nodes, facts, meta), path)
+    return Circuit.of(Parts("edge", {edge: score for edge, score in edges.items() if edge in kept}, facts, meta), path)
 
 
 def _eap(site: Site) -> str:
-    if site.kind == "head_out":
-        return f"a{site.layer}.h{site.head}"
-    return f"m{site.layer}" if site.kind == "mlp_out" else {"embed": "input"}.get(site.kind, site.kind)
+    if site.layer is None:
+        return "input" if site == EMBED else site.kind
+    return f"a{site.layer}.h{site.head}" if is_head(site) else f"m{site.layer}"
 
 
 def _from_eap(name: str) -> Site:

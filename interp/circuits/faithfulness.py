@@ -16,7 +16,7 @@ from ..pairs import PromptPairs
 from ..spans import REST
 from .circuit import Circuit
 from .discovery import discover
-from .nodes import Facts, node
+from .nodes import EMBED, Facts, node
 from .runs import reference_of, run_masks
 
 #: Sizes of circuits as fractions of all edges (or nodes), the protocol of MIB (Mueller et al. 2025).
@@ -146,7 +146,7 @@ def evaluate_circuit(
 
 def _ranking(circuit: Circuit) -> list[tuple[Any, float]]:
     """What can be left out, strongest first: embed is in every circuit of nodes."""
-    return [(name, score) for name, score in circuit.ranking() if name != "embed"]
+    return [(name, score) for name, score in circuit.ranking() if name != EMBED.node]
 
 
 def _sizes(circuit: Circuit, fractions: Sequence[float], total: int) -> list[int]:

@@ -15,19 +15,20 @@ import networkx as nx
 import numpy as np
 
 from ..errors import CircuitError
+from ..order import READERS
 from ..sites import Site
 from .nodes import EMBED, LOGITS, Facts, node, order
 
-Edge = tuple[Site, Site]
+Link = tuple[Site, Site]
 Scores = Mapping[Site, float | None]
 
 
-def edge_name(edge: Edge) -> str:
+def edge_name(edge: Link) -> str:
     """An edge as text, `L1.H2 -> L3.H1.q`."""
     return f"{edge[0].node} -> {edge[1].node}"
 
 
-def matrix_edges(scores: Any, mask: Any, facts: Facts) -> dict[Edge, float | None]:
+def matrix_edges(scores: Any, mask: Any, facts: Facts) -> dict[Link, float | None]:
     """The edges in `mask` (bool; None: all) with their scores; both [sender, receiver], numpy or torch.
 
     Raises:
@@ -44,10 +45,10 @@ def matrix_edges(scores: Any, mask: Any, facts: Facts) -> dict[Edge, float | Non
     return {(facts.senders[s], facts.receivers[r]): scores[s, r].item() for s, r in at}
 
 
-def named_edges(edges: Mapping[Any, float | None] | Iterable[tuple[Any, Any]]) -> dict[Edge, float | None]:
+def named_edges(edges: Mapping[Any, float | None] | Iterable[tuple[Any, Any]]) -> dict[Link, float | None]:
     """Edges by Site from edges by name, with scores or without. CircuitError: no such nodes."""
     scored: Mapping[Any, Any] = edges if isinstance(edges, Mapping) else dict.fromkeys(edges)
-    found: dict[Edge, float | None] = {}
+    found: dict[Link, float | None] = {}
     for edge, score in scored.items():
         if not isinstance(edge, tuple) or len(edge) != 2:
             raise CircuitError(f"an edge is a pair (sender, receiver), not {edge!r}")
@@ -65,7 +66,7 @@ def named_nodes(nodes: Mapping[Any, float | None] | Iterable[Any]) -> dict[Site,
     return found
 
 
-def edge_graph(edges: Mapping[Edge, float | None], facts: Facts) -> nx.DiGraph:
+def edge_graph(edges: Mapping[Link, float | None], facts: Facts) -> nx.DiGraph:
     """The graph of kept edges with their scores (None: unscored).
 
     A key/value input leads to the heads of its group that write something or have a q edge of their own; to
@@ -78,7 +79,9 @@ def edge_graph(edges: Mapping[Edge, float | None], facts: Facts) -> nx.DiGraph:
         if not facts.has_edge(*edge):
             raise CircuitError(f"there is no edge {edge_name(edge)} in a model with {facts}")
         _check(score, edge)
-    kept = {s for s, _ in edges} | {head for _, r in edges if r.kind == "q" for head in facts.heads_behind(r)}
+    kept = {s for s, _ in edges} | {
+        head for _, r in edges if r.facts.reads == READERS[0] for head in facts.heads_behind(r)
+    }
     return _graph(edges, kept, facts)
 
 
@@ -110,7 +113,7 @@ def guess_facts(sites: Iterable[Site]) -> Facts:
     return Facts(max((layer for layer, _ in counts), default=0) + 1, n_heads, n_heads)
 
 
-def connected_edges(graph: nx.DiGraph) -> set[Edge]:
+def connected_edges(graph: nx.DiGraph) -> set[Link]:
     """The edges that lie on a path from embed to logits."""
     reached = nx.descendants(graph, EMBED) | {EMBED}
     reaching = nx.ancestors(graph, LOGITS) | {LOGITS}
@@ -136,7 +139,7 @@ def widest_paths(graph: nx.DiGraph, to: Site, k: int) -> list[tuple[tuple[Site, 
     return [(path, width) for width, path in best.get(to, ())]
 
 
-def _graph(edges: Mapping[Edge, float | None], kept: set[Site], facts: Facts) -> nx.DiGraph:
+def _graph(edges: Mapping[Link, float | None], kept: set[Site], facts: Facts) -> nx.DiGraph:
     inside = []
     for receiver in dict.fromkeys(r for _, r in edges):
         heads = facts.heads_behind(receiver)
@@ -153,7 +156,7 @@ def _attributes(score: float | None) -> dict[str, float]:
     return {} if score is None else {"score": float(score)}
 
 
-def _check(score: float | None, where: Site | Edge) -> None:
+def _check(score: float | None, where: Site | Link) -> None:
     number = isinstance(score, int | float | np.number) and not isinstance(score, bool)
     if score is not None and not (number and math.isfinite(score)):
         name = where.node if isinstance(where, Site) else edge_name(where)

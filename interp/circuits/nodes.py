@@ -13,12 +13,24 @@ from typing import Any
 import numpy as np
 
 from ..errors import CircuitError, SiteError
-from ..sites import Site
+from ..order import READERS, Order
+from ..sites import KIND, RECEIVERS, SENDERS, TABLE_KINDS, Site
 
 EMBED, LOGITS = Site("embed"), Site("logits")
+#: The kind of site that stands for each reader of `interp.order`.
+KIND_READING = {kind.reads: kind.name for kind in KIND.values() if kind.reads}
 #: A name such as L999999999.H0 in a damaged file must not make a graph of that size.
 MOST_HEADS = 1_000_000
-_KIND_ORDER = ("q", "k", "v", "head_out", "mlp_out")
+
+
+def is_head(site: Site) -> bool:
+    """Whether a node is a head, as what it writes."""
+    return bool(site.axis) and site.facts.sends
+
+
+def is_input(site: Site) -> bool:
+    """Whether a node is an input of a head: its q, or its key/value head's k or v."""
+    return bool(site.axis and site.facts.reads)
 
 
 @dataclass(frozen=True)
@@ -77,24 +89,29 @@ class Facts:
         return asdict(self)
 
     @cached_property
+    def order(self) -> Order:
+        """The order of senders and receivers."""
+        return Order(self.n_layers, self.n_heads, self.n_kv_heads, self.parallel)
+
+    @cached_property
     def senders(self) -> tuple[Site, ...]:
         """Every sender in the order of the forward pass: embed, then heads and MLP of each layer."""
-        found = [EMBED]
-        for layer in range(self.n_layers):
-            found += [Site("head_out", layer, head) for head in range(self.n_heads)]
-            found.append(Site("mlp_out", layer))
-        return tuple(found)
+        layers, heads = range(self.n_layers), range(self.n_heads)
+        return (
+            EMBED,
+            *(site for n in layers for site in (*(Site("head_out", n, h) for h in heads), Site("mlp_out", n))),
+        )
 
     @cached_property
     def receivers(self) -> tuple[Site, ...]:
         """Every receiver in forward order: q, k, v by head and the MLP of each layer, then logits."""
-        found: list[Site] = []
-        for layer in range(self.n_layers):
-            for kind in ("q", "k", "v"):
-                heads = self.n_heads if kind == "q" else self.n_kv_heads
-                found += [Site(kind, layer, head) for head in range(heads)]
-            found.append(Site("mlp_out", layer))
-        return (*found, LOGITS)
+        made = [
+            Site(KIND_READING[reader], layer, head if KIND[KIND_READING[reader]].axis else None)
+            for layer in range(self.n_layers)
+            for reader in READERS
+            for head in range(self.order.count(reader))
+        ]
+        return (*made, LOGITS)
 
     @cached_property
     def sender_index(self) -> dict[Site, int]:
@@ -118,9 +135,7 @@ class Facts:
 
     @cached_property
     def _counts(self) -> dict[Site, int]:
-        below = {site: 1 + (site.layer or 0) * (self.n_heads + 1) for site in self.receivers}
-        own = {site: self.n_heads for site in below if site.kind == "mlp_out" and not self.parallel}
-        return {site: count + own.get(site, 0) for site, count in below.items()} | {LOGITS: len(self.senders)}
+        return {site: self.order.read_by(site.layer or 0, site.facts.reads) for site in self.receivers}
 
     @cached_property
     def mask(self) -> np.ndarray:
@@ -142,19 +157,21 @@ class Facts:
 
     def heads_behind(self, receiver: Site) -> tuple[Site, ...]:
         """The heads that an input feeds: its own for q, its group for k and v, none for other receivers."""
-        if receiver.kind not in ("q", "k", "v"):
+        if not is_input(receiver):
             return ()
-        size = 1 if receiver.kind == "q" else self.n_heads // self.n_kv_heads
+        size = self.n_heads // self.order.count(receiver.facts.reads)
         first = (receiver.head or 0) * size
         return tuple(Site("head_out", receiver.layer, first + i) for i in range(size))
 
     def inputs_of(self, sender: Site) -> tuple[Site, ...]:
         """The receivers that a sender is computed from: a head's q, k, v; an MLP itself; none for embed."""
-        if sender.kind != "head_out":
+        if not is_head(sender):
             return () if sender == EMBED else (sender,)
-        group = (sender.head or 0) // (self.n_heads // self.n_kv_heads)
-        heads = {"q": sender.head, "k": group, "v": group}
-        return tuple(Site(kind, sender.layer, head) for kind, head in heads.items())
+        size = self.n_heads // self.n_kv_heads
+        return tuple(
+            Site(kind, sender.layer, (sender.head or 0) // (size if KIND[kind].axis == "kv head" else 1))
+            for kind in map(KIND_READING.__getitem__, READERS[:3])
+        )
 
     def __str__(self) -> str:
         kv = "" if self.n_kv_heads == self.n_heads else f", {self.n_kv_heads} key/value heads"
@@ -179,9 +196,8 @@ def _node(name: Site | str) -> Site:
         site = Site.parse(name)
     except SiteError as error:
         raise CircuitError(f"{name!r} names no node: {error}") from error
-    headed = site.kind in ("head_out", "q", "k", "v")
-    known = headed or site.kind in ("mlp_out", "embed", "logits")
-    numbers = (site.layer, site.head) if headed else (site.layer,) if site.kind == "mlp_out" else ()
+    known = site.kind in SENDERS or site.kind in RECEIVERS
+    numbers = (site.layer, site.head) if site.axis else (site.layer,) if site.facts.layered else ()
     if not known or site.position is not None or any(n is None or n < 0 for n in numbers):
         raise CircuitError(
             f"{site} is no node of a circuit: nodes are embed, L3.H2, L3.mlp, L3.H2.q, L3.H1.k, L3.H1.v and "
@@ -194,4 +210,4 @@ def order(site: Site) -> tuple[int, int, int]:
     """Sort key of a node in the order of the forward pass; a head comes after its inputs."""
     if site.layer is None:
         return (-1 if site == EMBED else 1 << 30, 0, 0)
-    return (site.layer, _KIND_ORDER.index(site.kind), site.head or 0)
+    return (site.layer, TABLE_KINDS.index(site.kind), site.head or 0)

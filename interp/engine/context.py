@@ -261,7 +261,7 @@ def width_of(site: Site, taps: Taps) -> int:
     facts = site.facts
     if site.view is not None:
         return site.view.parts
-    if facts.view == "pattern":
+    if facts.view == "mixture":
         return 1
     return taps["d_model"] if facts.view == "whole" else int(part_index(taps, site.kind).max()) + 1
 

@@ -133,7 +133,7 @@ def stop(run: Run, layer: int, tap: Envoy, side: str, kinds: list[str]) -> None:
         run.core = edit_core(run, layer, tap, kinds)
         return
     facts = KIND[kinds[0]]
-    if facts.view == "pattern":
+    if facts.view == "mixture":
         edit_probabilities(run, layer, tap)
         return
     port = Port(tap, side, len(run.rows))

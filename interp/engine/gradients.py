@@ -110,10 +110,10 @@ def product(model: Envoy, taps: Taps, program: Program, tape: Tape, gradients: G
         change = difference(program, parts_of(seen, tape.value[tap]))
         return (change * pulled(seen, averaged(program, gradients[tap], steps))).sum(-1)
     facts = KIND[kind]
-    if facts.view == "pattern" and taps["pattern"] != "interface":
+    if facts.view == "mixture" and taps["pattern"] != "interface":
         change = difference(program, tape.value[site]) * averaged(program, gradients[site], steps)
         return change.sum(-1).transpose(1, 2)
-    if facts.view == "pattern" or (kind in EXCHANGED and program["exact_qk"]):
+    if facts.view == "mixture" or (kind in EXCHANGED and program["exact_qk"]):
         return through_softmax(taps, program, tape, gradients, layer, kind)
     if facts.view == "decoder":
         module = at(at(model, taps["layers"])[layer], taps["o"])
@@ -202,7 +202,7 @@ def wanted_tapes(taps: Taps, program: Program) -> set[Place]:
             facts.append(KIND["pattern"])
         for one in facts:
             needed.add((layer, one.name))
-            if one.through and (one.view != "pattern" or taps["pattern"] == "interface"):
+            if one.through and (one.view != "mixture" or taps["pattern"] == "interface"):
                 needed.add((layer, one.through))
     if program["drop"]:
         needed.update((layer, kind.name) for layer in range(taps["n_layers"]) for kind in KIND.values() if kind.branch)

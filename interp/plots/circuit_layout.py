@@ -15,8 +15,9 @@ from bokeh.palettes import Blues256
 from bokeh.plotting import figure
 
 from ..circuits import Circuit
+from ..circuits.nodes import is_head, is_input
 from ..errors import PlotError
-from ..sites import Site
+from ..sites import LAYERLESS, Site
 from .given import check_sizes, head_of, labels_of, numbers
 from .labels import told_apart, visible
 from .page import INK, MUTED, label_cells, panel, tooltip
@@ -77,8 +78,8 @@ class Layout:
     def place(self, site: Site) -> tuple[float, float]:
         """Centre of a component. An MLP stands half a layer above the heads that it reads."""
         if site.layer is None:
-            return (self.heads - 1) / 2, (0.0 if site.kind == "embed" else self.layers + 1.0)
-        if site.kind == "mlp_out":
+            return (self.heads - 1) / 2, (0.0 if site.facts.sends else self.layers + 1.0)
+        if not site.axis:
             return self.heads - 0.5 + 40 / self.across, site.layer + 1.48
         return float(site.head or 0), site.layer + 1.0
 
@@ -131,7 +132,7 @@ def drawn_edges(circuit: Circuit, limit: int) -> list[Drawn]:
         names = [name for name, _ in circuit.ranking()] + [e for e in circuit.edges if e not in scores]
         for rank, (start, end) in enumerate(names[:limit]):
             sender, receiver = Site.parse(start), Site.parse(end)
-            slot = receiver.kind if receiver.kind in ("q", "k", "v") else ""
+            slot = receiver.kind if is_input(receiver) else ""
             ends = tuple(circuit.graph.successors(receiver)) if slot else (receiver,)
             found.append(Drawn(sender, ends, slot, f"{start} → {end}", scores.get((start, end)), rank))
         return found[::-1]
@@ -139,7 +140,7 @@ def drawn_edges(circuit: Circuit, limit: int) -> list[Drawn]:
     pairs: dict[tuple[Site, Site], None] = {}
     for start, end, kind in graph.edges(data="kind"):
         if kind == "edge":
-            ends = graph.successors(end) if end.kind in ("q", "k", "v") else (end,)
+            ends = graph.successors(end) if is_input(end) else (end,)
             pairs |= dict.fromkeys((start, e) for e in ends)
     for start, end in pairs:
         rank = max(ranks.get(start.node, -1), ranks.get(end.node, -1))
@@ -150,7 +151,7 @@ def drawn_edges(circuit: Circuit, limit: int) -> list[Drawn]:
 def node_names(circuit: Circuit) -> list[str]:
     """Heads and MLPs by |score|, those without a score last, in forward order."""
     ranked = [name for name, _ in circuit.ranking()] if circuit.level == "node" else []
-    return [name for name in dict.fromkeys([*ranked, *circuit.nodes()]) if name not in ("embed", "logits")]
+    return [name for name in dict.fromkeys([*ranked, *circuit.nodes()]) if name not in LAYERLESS]
 
 
 def edge_source(
@@ -201,7 +202,7 @@ def node_source(
         "line": np.where(frame, INK, MUTED), "border": np.where(frame, 2.0, 1.0),
         "alpha": np.ones(len(names)),
         "label": [labels.get(s.kind, f"{letter}{s.head}") for s in sites],
-        "size": [size if s.kind == "head_out" else "11px" for s in sites],
+        "size": [size if is_head(s) else "11px" for s in sites],
         "rank": np.array([ranks.get(n, -1) for n in names], dtype=np.int32),
         "score": [_signed(scores[n]) if n in scores else "none" for n in names],
         "reads": [_listing([e for e in edges if n in {end.node for end in e.ends}]) for n in names],
