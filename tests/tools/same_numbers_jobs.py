@@ -67,8 +67,10 @@ def jobs(name: str, model: interp.Model, pairs: interp.PromptPairs, layers: Sequ
         effects = interp.path_patch(model, pairs, senders, receivers, through_mlps=through)
         keep(own(f"path_patch through_mlps={through}"), effects)
     for mode in ("zero", "mean", "positional_mean", "resample"):
-        keep(own(f"ablate {mode}"), interp.ablate(model, pairs, interp.heads(["z", "head_out"], layers=layers), mode))
-        keep(own(f"ablate mlp {mode}"), interp.ablate(model, pairs, interp.grid("mlp_out", layers=layers), mode))
+        others = None if mode == "zero" else [*pairs.clean, *pairs.corrupted]
+        plan = interp.heads(["z", "head_out"], layers=layers)
+        keep(own(f"ablate {mode}"), interp.ablate(model, pairs, plan, mode, others))
+        keep(own(f"ablate mlp {mode}"), interp.ablate(model, pairs, interp.grid("mlp_out", layers=layers), mode, others))
     traced = {"samples": 2, "window": 2, "components": ["resid_post", "mlp_out"], "layers": layers}
     keep(own("causal_trace"), interp.causal_trace(model, pairs, **traced))
     for method in ("eap", "eap-ig", "eap-ig-activations") if small else ("eap", "eap-ig"):
