@@ -95,9 +95,8 @@ def logit_lens(
         at = sorted({chosen[index] for index in some} | {model.n_layers - 1})
         rows, columns, _, _, nexts = torch.tensor(tokens_of(group, part)).reshape(-1, 5).unbind(1)
         made = read_program(model, [encoded.clean[i] for i in group], [(layer, "resid_post") for layer in at])
-        layers = [chosen[index] for index in some]
-        spec = {"kind": "lens", "layers": layers, "rows": rows, "columns": columns, "next": nexts, "top": k}
-        made["readout"] = spec
+        where = {"layers": [chosen[index] for index in some], "rows": rows, "columns": columns}
+        made["readout"] = {"kind": "lens", **where, "next": nexts, "top": k}
         return made
 
     def put(piece: Reading, result: Found) -> None:
@@ -121,6 +120,19 @@ def logit_lens(
             key = (frozenset((token.prompt, token.spot) for token in some_tokens), some)
             pieces.append(Reading.of(group, partial(program, key), key))
     read_all(model, pieces, put)
+    return _predictions(model, encoded, (chosen, places), ids, numbers, following)
+
+
+def _predictions(
+    model: Model,
+    encoded: EncodedPairs,
+    at: tuple[Sequence[int], Sequence[int]],
+    ids: np.ndarray,
+    numbers: dict[str, np.ndarray],
+    following: np.ndarray,
+) -> xr.Dataset:
+    """What `logit_lens` returns, of layers and positions `at`."""
+    chosen, places = at
     text = Text(model.tokenizer)
     names = {int(token): text.label(int(token)) if token >= 0 else "" for token in np.unique(ids)}
     labels = [[row[p] if -len(row) <= p < len(row) else "" for p in places] for row in encoded.labels]

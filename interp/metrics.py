@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Metric = Callable[[Tensor, Any], Tensor]
+Metric = Callable[[Tensor, "Batch"], Tensor]
 
 
 class Batch(dict):
@@ -37,35 +37,35 @@ def gather(values: Tensor, tokens: Tensor, reduce: str) -> Tensor:
     return chosen.masked_fill(tokens < 0, float("-inf")).logsumexp(1)
 
 
-def logit_diff(logits: Tensor, batch: Any) -> Tensor:
+def logit_diff(logits: Tensor, batch: Batch) -> Tensor:
     """Logit of the answer minus logit of the distractor, means over sets (Wang et al. 2022). `[row]`, logits."""
     return gather(logits, batch["answers"], "mean") - gather(logits, batch["distractors"], "mean")
 
 
-def log_prob(logits: Tensor, batch: Any) -> Tensor:
+def log_prob(logits: Tensor, batch: Batch) -> Tensor:
     """Log probability that the next token is in the answer set. `[row]`, nats."""
     return gather(logits.log_softmax(-1), batch["answers"], "logsumexp")
 
 
-def prob(logits: Tensor, batch: Any) -> Tensor:
+def prob(logits: Tensor, batch: Batch) -> Tensor:
     """Probability that the next token is in the answer set. `[row]`, 0 to 1."""
     return log_prob(logits, batch).exp()
 
 
-def prob_diff(logits: Tensor, batch: Any) -> Tensor:
+def prob_diff(logits: Tensor, batch: Batch) -> Tensor:
     """Probability of the answers minus probability of the distractors (Hanna et al. 2023). `[row]`, -1 to 1."""
     scores = logits.log_softmax(-1)
     right = gather(scores, batch["answers"], "logsumexp").exp()
     return right - gather(scores, batch["distractors"], "logsumexp").exp()
 
 
-def kl(logits: Tensor, batch: Any) -> Tensor:
+def kl(logits: Tensor, batch: Batch) -> Tensor:
     """KL(clean || patched) of the next-token distribution. `[row]`, nats; 0 at the clean run, where its gradient vanishes."""
     clean = batch["clean_logits"].log_softmax(-1)
     return (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1)
 
 
-def rank(logits: Tensor, batch: Any) -> Tensor:
+def rank(logits: Tensor, batch: Batch) -> Tensor:
     """How many tokens score above the (best) answer: 0 when it is top-1. `[row]`; has no gradient."""
     answers = batch["answers"]
     chosen = logits.gather(1, answers.clamp(min=0) if answers.ndim == 2 else answers[:, None])

@@ -12,7 +12,7 @@ from typing import Any
 from .encoded import EncodedPairs
 from .errors import AnswerError, PairsError
 from .prompts import Sides, answer_set, integer, listed, one_prompt, prompts_of, sides
-from .tokens import Text, Tokens
+from .tokens import Text, Tokenizer, Tokens
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -162,7 +162,9 @@ class PromptPairs:
             self.clean, None, *sets, positions=named, answer_positions=self.answer_positions, name=self.name
         )
 
-    def encode(self, tokenizer: Any, prefix_ids: Sequence[int] = (), vocab_size: int | None = None) -> EncodedPairs:
+    def encode(
+        self, tokenizer: Tokenizer, prefix_ids: Sequence[int] = (), vocab_size: int | None = None
+    ) -> EncodedPairs:
         """Tokens of every prompt and answer, and every position as an index from the pair's first token.
 
         Strings become tokens as `tokenizer` makes them by default; `prefix_ids` go before those that do not

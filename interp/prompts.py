@@ -18,8 +18,11 @@ Sides = dict[str, "str | Tokens"]
 _BESIDE = ("inputs_embeds", "pixel_values", "position_ids")
 _FORMS = "a prompt is a string, a list of ids, or what a tokenizer gives"
 
+#: What a person gives as a prompt or prompts: text, token ids, arrays, what a tokenizer returns.
+Given = Any
 
-def prompts_of(what: str, given: Any) -> Iterator[str | Tokens]:
+
+def prompts_of(what: str, given: Given) -> Iterator[str | Tokens]:
     """Every prompt in what people give as prompts: text as it is, anything else as a tuple of ids.
 
     What a tokenizer gives (a mapping with `input_ids`, a `tokenizers.Encoding`) is one prompt per row, without the padding that
@@ -48,7 +51,7 @@ def prompts_of(what: str, given: Any) -> Iterator[str | Tokens]:
             number += 1
 
 
-def one_prompt(what: str, given: Any) -> str | Tokens:
+def one_prompt(what: str, given: Given) -> str | Tokens:
     """The prompt in what is given where one is wanted: any form of `prompts_of` that holds one, or a plain list of ids.
 
     Raises:
@@ -64,7 +67,7 @@ def one_prompt(what: str, given: Any) -> str | Tokens:
     return found[0]
 
 
-def listed(part: str, given: Any) -> Any:
+def listed(part: str, given: Given) -> Any:
     """Answers, distractors or positions with one entry per pair. PairsError: what has no entries in order."""
     if isinstance(given, Mapping | Set):
         said = f"a {type(given).__name__} of {sorted(map(str, given))[:6]}"
@@ -74,14 +77,14 @@ def listed(part: str, given: Any) -> Any:
     return given
 
 
-def integer(where: str, value: Any) -> int:
+def integer(where: str, value: Given) -> int:
     """One whole number; True and False are none."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise PairsError(f"{where} holds {_said(value)}: neither text nor a whole number")
     return operator.index(value)
 
 
-def ints(where: str, values: Any) -> Tokens:
+def ints(where: str, values: Given) -> Tokens:
     """One whole number or several, one at least."""
     values = _plain(where, values)
     values = values if isinstance(values, list) else [values]
@@ -90,7 +93,7 @@ def ints(where: str, values: Any) -> Tokens:
     return tuple(integer(where, value) for value in values)
 
 
-def answer_set(part: str, i: int, entry: Any) -> tuple[str | int, ...]:
+def answer_set(part: str, i: int, entry: Given) -> tuple[str | int, ...]:
     """The answers of pair `i`: one token or a set of tokens, text or ids."""
     entry = entry.tolist() if hasattr(entry, "tolist") else entry
     entry = sorted(entry, key=str) if isinstance(entry, Set) else entry  # in the same order in every process
@@ -100,7 +103,7 @@ def answer_set(part: str, i: int, entry: Any) -> tuple[str | int, ...]:
     return tuple(e if isinstance(e, str) else integer(f"{part} of pair {i}", e) for e in entries)
 
 
-def sides(key: str, i: int, entry: Any, has_corrupted: bool) -> Sides:
+def sides(key: str, i: int, entry: Given, has_corrupted: bool) -> Sides:
     """The positions of one name in pair `i`, by side."""
     needed = ("clean", "corrupted") if has_corrupted else ("clean",)
     entry = entry if isinstance(entry, Mapping) else dict.fromkeys(needed, entry)
@@ -109,7 +112,7 @@ def sides(key: str, i: int, entry: Any, has_corrupted: bool) -> Sides:
     return {s: at if isinstance(at := entry[s], str) else ints(f"positions[{key!r}] of pair {i}", at) for s in needed}
 
 
-def _entry(where: str, entry: Any) -> list[str | Tokens]:
+def _entry(where: str, entry: Given) -> list[str | Tokens]:
     """The prompts in one entry of a list: one, or the rows of a tokenizer's output."""
     if isinstance(entry, str):
         return [entry]
@@ -125,7 +128,7 @@ def _entry(where: str, entry: Any) -> list[str | Tokens]:
     return [_ids(where, value)]
 
 
-def _ids(where: str, values: Any) -> Tokens:
+def _ids(where: str, values: Given) -> Tokens:
     """Token ids, which lie in one list."""
     values = _plain(where, values)
     if nested := [value for value in values if isinstance(value, list)]:
@@ -133,7 +136,7 @@ def _ids(where: str, values: Any) -> Tokens:
     return ints(where, values)
 
 
-def _unpadded(where: str, given: Any) -> list[list[Any]]:
+def _unpadded(where: str, given: Given) -> list[list[Any]]:
     """The rows of a tokenizer's output, without what its attention mask leaves out at either end."""
     fields = given if isinstance(given, Mapping) else {"input_ids": given.ids, "attention_mask": given.attention_mask}
     if beside := [name for name in _BESIDE if fields.get(name) is not None]:
@@ -161,7 +164,7 @@ def _unpadded(where: str, given: Any) -> list[list[Any]]:
     return kept
 
 
-def _rows(where: str, name: str, given: Any) -> list[list[Any]]:
+def _rows(where: str, name: str, given: Given) -> list[list[Any]]:
     """A field of a tokenizer's output as rows; a flat one is one row."""
     value = _plain(where, given)
     if value is None:
@@ -172,18 +175,18 @@ def _rows(where: str, name: str, given: Any) -> list[list[Any]]:
     return value if any(nested) and all(nested) else [value]
 
 
-def _is_encoding(given: Any) -> bool:
+def _is_encoding(given: Given) -> bool:
     if isinstance(given, Mapping):
         return "input_ids" in given
     return not isinstance(given, type) and hasattr(given, "ids") and hasattr(given, "attention_mask")
 
 
-def _is_array(given: Any) -> bool:
+def _is_array(given: Given) -> bool:
     plain = isinstance(given, str | bytes | bytearray | Mapping | list | tuple)
     return not plain and (hasattr(given, "tolist") or hasattr(given, "__array__"))
 
 
-def _plain(where: str, given: Any) -> Any:
+def _plain(where: str, given: Given) -> Any:
     """Arrays, and sequences of them, as lists of Python's own numbers; anything else as it is."""
     if _is_array(given):
         try:
@@ -195,7 +198,7 @@ def _plain(where: str, given: Any) -> Any:
     return given
 
 
-def _said(given: Any) -> str:
+def _said(given: Given) -> str:
     """What something is, for a message."""
     if isinstance(given, Mapping):
         return f"a {type(given).__name__} of {sorted(map(str, given))[:6]} without input_ids"

@@ -8,11 +8,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from .errors import AnswerError, PairsError
 
 Tokens = tuple[int, ...]
+
+
+class Tokenizer(Protocol):
+    """Any object that is called as HuggingFace's tokenizers are; what else it has is asked of it."""
+
+    def __call__(self, text: str, **options: object) -> Any: ...
+    def __getattr__(self, name: str) -> Any: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Text:
     In every method `what` (or `side`: "clean", "corrupted") and `i` name the part and the pair for the error.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     prefix: Tokens = ()
     vocab_size: int | None = None
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..engine.reading import read_program
 from ..engine.rotary import RowsAlone
-from ..models.layout import at
+from ..engine.trace import Function
+from ..models.layout import Envoy, at
 from ..models.model import Model
 
 #: Rows that are moved by rounding. Errors of other kernels were up to 5 times what they move (docs/architecture.md).
@@ -44,7 +45,7 @@ class Plain:
     why_not: str
 
 
-def probe(logits: Tensor, batch: Any) -> Tensor:
+def probe(logits: Tensor, batch: object) -> Tensor:
     """A metric `[row]` that depends on every logit."""
     return (logits * torch.arange(logits.shape[-1], device=logits.device).mul(2.4).cos()).sum(-1)
 
@@ -62,11 +63,11 @@ def readers_of(model: Model) -> dict[str, Place]:
 
 
 @contextmanager
-def inputs_changed(hf: Any, paths: Sequence[str], change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+def inputs_changed(hf: Envoy, paths: Sequence[str], change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     """Run with the first input of each module at `paths` replaced by `change(path, input)`."""
 
-    def hook(path: str) -> Callable[..., Any]:
-        def before(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def hook(path: str) -> Function:
+        def before(_: object, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             if args:
                 return (change(path, args[0]), *args[1:]), kwargs
             name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
@@ -109,7 +110,7 @@ def moved_by(model: Model, prompt: Sequence[int], path: str, step: Tensor, reade
         seen.append(x.clone())
         return x
 
-    def add(_: Any, args: Any, out: Tensor) -> Tensor:
+    def add(_: object, args: object, out: Tensor) -> Tensor:
         moved = out.clone()
         moved[..., : step.shape[-1]] += step.to(out.device, out.dtype)
         return moved

@@ -16,9 +16,10 @@ import numpy as np
 
 from ..errors import CircuitError
 from ..sites import Site
-from .files import LEVELS, Parts, Place, read_parts, write_json
+from .files import LEVELS, Item, Items, Meta, Parts, Place, read_parts, write_json
 from .files import field as field_of
 from .graph import (
+    Array,
     Link,
     connected_edges,
     edge_graph,
@@ -30,7 +31,7 @@ from .graph import (
     node_graph,
     widest_paths,
 )  # fmt: skip
-from .nodes import EMBED, Facts, is_head, is_input, node, order
+from .nodes import EMBED, Described, Facts, is_head, is_input, node, order
 
 #: What a union or an intersection of two circuits keeps of their meta where they agree.
 SHARED = ("model", "method", "metric")
@@ -53,7 +54,7 @@ class Circuit:
     """
 
     graph: nx.DiGraph
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Meta = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.meta.get("level") not in LEVELS:
@@ -61,7 +62,9 @@ class Circuit:
         nx.freeze(self.graph)
 
     @classmethod
-    def from_matrix(cls, scores: Any, mask: Any, facts: Facts | Any, meta: Mapping[str, Any] | None = None) -> Circuit:
+    def from_matrix(
+        cls, scores: Array, mask: Array | None, facts: Described, meta: Mapping[str, object] | None = None
+    ) -> Circuit:
         """The circuit of the edges in `mask` with their `scores`, both [sender, receiver] as in `facts`.
 
         Args:
@@ -81,9 +84,9 @@ class Circuit:
     @classmethod
     def from_edges(
         cls,
-        edges: Mapping[Any, float | None] | Iterable[tuple[Any, Any]],
-        facts: Facts | Any = None,
-        meta: Mapping[str, Any] | None = None,
+        edges: Mapping[Item, float | None] | Iterable[tuple[Item, Item]],
+        facts: Described = None,
+        meta: Mapping[str, object] | None = None,
     ) -> Circuit:
         """The circuit of named edges: {("L1.H2", "L3.H1.q"): score}, or a list of them without scores.
 
@@ -100,9 +103,9 @@ class Circuit:
     @classmethod
     def from_nodes(
         cls,
-        nodes: Mapping[Any, float | None] | Iterable[Any],
-        facts: Facts | Any = None,
-        meta: Mapping[str, Any] | None = None,
+        nodes: Mapping[Item, float | None] | Iterable[Item],
+        facts: Described = None,
+        meta: Mapping[str, object] | None = None,
     ) -> Circuit:
         """The circuit of kept nodes, {"L3.H2": score}, or of nodes without scores; (3, 2) also names a head.
 
@@ -124,12 +127,12 @@ class Circuit:
         return _known(None, self.meta)
 
     @property
-    def trajectory(self) -> list[Any]:
+    def trajectory(self) -> list[Item]:
         """The steps of the pruning that led here, as its method recorded them."""
         return list(self.meta.get("trajectory") or ())
 
     @cached_property
-    def _items(self) -> dict[Any, float | None]:
+    def _items(self) -> Items:
         """What carries scores, in forward order: edges, or at level "node" heads, MLPs, a scored embed."""
         if self.level == "edge":
             found = [(e[:2], e[2].get("score")) for e in self.graph.edges(data=True) if e[2]["kind"] == "edge"]
@@ -167,14 +170,14 @@ class Circuit:
         """How many heads and MLPs there are."""
         return len(self.nodes()) - 2
 
-    def scores(self) -> dict[Any, float]:
+    def scores(self) -> dict[Item, float]:
         """{("L1.H2", "L3.H1.q"): score}, at level "node" {"L3.H2": score}, in the order of the forward pass.
 
         A score is the mean over pairs; edges and nodes without one are absent.
         """
         return {_name(item): score for item, score in self._items.items() if score is not None}
 
-    def ranking(self) -> list[tuple[Any, float]]:
+    def ranking(self) -> list[tuple[Item, float]]:
         """The items of `scores()`, largest |score| first, ties in the order of the forward pass."""
         return sorted(self.scores().items(), key=lambda item: -abs(item[1]))
 
@@ -220,14 +223,14 @@ class Circuit:
         kept = [item for item in self._ranked() if abs(self._items[item] or 0.0) >= t]
         return self._part(kept, {"threshold": t}, connected)
 
-    def _ranked(self) -> list[Any]:
+    def _ranked(self) -> list[Item]:
         """All edges, or all heads and MLPs, largest |score| first. CircuitError: one has no score."""
         scores = {item: score for item, score in self._items.items() if item != EMBED}
         if missing := [item for item, score in scores.items() if score is None]:
             raise CircuitError(f"{len(missing)} {self.level}s have no score to rank by; first: {_name(missing[0])}")
         return sorted(scores, key=lambda item: -abs(scores[item] or 0.0))
 
-    def _part(self, kept: list[Any], how: dict[str, Any], connected: bool) -> Circuit:
+    def _part(self, kept: list[Item], how: Meta, connected: bool) -> Circuit:
         part, before = self._made(kept), len(kept)
         if connected and self.level == "edge":  # at level "node" every node reads embed and is read by logits
             on_path = connected_edges(part.graph)
@@ -236,7 +239,7 @@ class Circuit:
         step = {**how, "connected": connected, "before": before, "after": after}
         return Circuit(part.graph, {**self.meta, "selection": [*self.meta.get("selection", ()), step]})
 
-    def _made(self, kept: Iterable[Any], other: Circuit | None = None) -> Circuit:
+    def _made(self, kept: Iterable[Item], other: Circuit | None = None) -> Circuit:
         """A circuit of some of the items of this one, or of another where this one has no such item."""
         scores = {**(other._items if other else {}), **self._items}
         make: Any = Circuit.from_edges if self.level == "edge" else Circuit.from_nodes
@@ -244,7 +247,7 @@ class Circuit:
         facts = self.facts or (other and other.facts)
         return make({item: scores[item] for item in [*fixed, *kept]}, facts)
 
-    def matrix(self, facts: Facts | Any = None) -> np.ndarray:
+    def matrix(self, facts: Described = None) -> np.ndarray:
         """Which edges are kept: bool [sender, receiver] in the order of `facts` (default: the circuit's own).
 
         Raises:
@@ -252,7 +255,7 @@ class Circuit:
         """
         return ~np.isnan(self._fill(facts, 0.0))
 
-    def score_matrix(self, facts: Facts | Any = None) -> np.ndarray:
+    def score_matrix(self, facts: Described = None) -> np.ndarray:
         """Scores of edges, float64 [sender, receiver]; NaN where an edge is absent or has no score.
 
         Raises:
@@ -260,7 +263,7 @@ class Circuit:
         """
         return self._fill(facts, None)
 
-    def _fill(self, facts: Facts | Any, value: float | None) -> np.ndarray:
+    def _fill(self, facts: Described, value: float | None) -> np.ndarray:
         known = self.facts if facts is None else Facts.of(facts)
         if known is None:
             raise CircuitError("this circuit does not know its model's facts: pass them, or the model")
@@ -306,7 +309,7 @@ class Circuit:
             return make(parts.items, parts.facts, parts.meta)
 
     @property
-    def _kept(self) -> set[Any]:
+    def _kept(self) -> set[Item]:
         return set(self._items) - {EMBED}
 
     def __and__(self, other: Circuit) -> Circuit:
@@ -330,7 +333,7 @@ class Circuit:
             raise CircuitError(f"circuits of two models: {self.facts}, and {other.facts}")
         return other
 
-    def _joined(self, other: Circuit, kept: set[Any]) -> Circuit:
+    def _joined(self, other: Circuit, kept: set[Item]) -> Circuit:
         part = self._made(kept, other)
         agreed = {k: self.meta[k] for k in SHARED if k in self.meta and self.meta[k] == other.meta.get(k)}
         return Circuit(part.graph, {**agreed, **part.meta})
@@ -370,14 +373,14 @@ class Circuit:
         return f"<b>{html.escape(repr(self))}</b><table>{head}{rows}</table>"
 
 
-def _name(item: Site | Link) -> Any:
+def _name(item: Site | Link) -> Item:
     return item.node if isinstance(item, Site) else (item[0].node, item[1].node)
 
 
-def _known(facts: Facts | Any, meta: Mapping[str, Any] | None) -> Facts | None:
+def _known(facts: Described, meta: Mapping[str, object] | None) -> Facts | None:
     given = (meta or {}).get("facts") if facts is None else facts
     return None if given is None else Facts.of(given)
 
 
-def _meta(meta: Mapping[str, Any] | None, level: str, facts: Facts | None) -> dict[str, Any]:
+def _meta(meta: Mapping[str, object] | None, level: str, facts: Facts | None) -> Meta:
     return {**(meta or {}), "level": level, "facts": None if facts is None else facts.to_dict()}

@@ -8,18 +8,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any
 
 from ..errors import CircuitError
 from ..sites import Site
 from .circuit import Circuit
-from .files import Items, Parts, Place, add, field, read_json, refuse, typed, write_text
-from .nodes import EMBED, LOGITS, Facts, is_head, is_input
+from .files import Item, Items, Parts, Place, add, field, read_json, refuse, typed, write_text
+from .nodes import EMBED, LOGITS, Described, Facts, is_head, is_input
 
 _NODE = re.compile(r"^(?:a(\d+)\.h(\d+)|m(\d+)|input|logits)(?:<([qkv])>)?$")
 
 
-def to_eap_ig(circuit: Circuit, path: Place, facts: Facts | Any = None, *, d_model: int | None = None) -> None:
+def to_eap_ig(circuit: Circuit, path: Place, facts: Described = None, *, d_model: int | None = None) -> None:
     """Write the graph JSON that EAP-IG's `Graph.from_json` reads: every edge of the model, kept or not.
 
     EAP-IG has a k and a v for every query head. The edge of a grouped k or v is written once for each head of
@@ -43,13 +42,13 @@ def to_eap_ig(circuit: Circuit, path: Place, facts: Facts | Any = None, *, d_mod
         "n_layers": known.n_layers, "n_heads": known.n_heads, "parallel_attn_mlp": known.parallel,
         "d_model": int(width),
     }  # fmt: skip
-    nodes: dict[str, Any] = {}
+    nodes: dict[str, object] = {}
     for site in (*known.senders, LOGITS):
         within = site in (EMBED, LOGITS) or (circuit.level == "node" and site in circuit.graph)
         within |= bool(site in known.sender_index and kept[known.sender_index[site]].any())
         score = scores.get(site.node) if circuit.level == "node" else None
         nodes[_eap(site)] = {"in_graph": within, **({} if score is None else {"score": score})}
-    edges: dict[str, Any] = {}
+    edges: dict[str, object] = {}
     for r, receiver in enumerate(known.receivers):
         heads = known.heads_behind(receiver) or (receiver,)
         slot = f"<{receiver.kind}>" if is_input(receiver) else ""
@@ -99,7 +98,7 @@ def from_eap_ig(path: Place, *, n_kv_heads: int | None = None, only_kept: bool =
             if site != LOGITS and (entry["in_graph"] or not only_kept) and not (site == EMBED and unscored):
                 add(nodes, (site,), None if unscored else score, full)
     edges: Items = {}
-    kept: set[Any] = set()
+    kept: set[Item] = set()
     group = full.n_heads // facts.n_kv_heads
     for name, entry in data["edges"].items():
         with field(path, f"edges[{json.dumps(name)}]"):

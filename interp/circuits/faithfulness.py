@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
 
+from ..engine.context import Runs
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
 from ..models.model import Model
+from ..options import Options, RunOptions
 from ..pairs import PromptPairs
 from ..spans import REST
 from .circuit import Circuit
 from .discovery import discover
-from .nodes import EMBED, Facts, node
-from .runs import reference_of, run_masks
+from .files import Item
+from .nodes import EMBED, Described, Facts, node
+from .runs import Masks, Prompts, reference_of
 
 #: Sizes of circuits as fractions of all edges (or nodes), the protocol of MIB (Mueller et al. 2025).
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -61,6 +64,15 @@ def faithfulness_of(values: np.ndarray, full: np.ndarray, empty: np.ndarray) -> 
     return (values.mean(-1) - empty.mean()) / whole
 
 
+class EvaluationOptions(RunOptions, total=False):
+    """The keyword options of `evaluate_circuit`."""
+
+    completeness: bool
+    minimality: int
+    samples: int
+    seed: int
+
+
 def evaluate_circuit(
     model: Model,
     pairs: PromptPairs,
@@ -70,12 +82,8 @@ def evaluate_circuit(
     *,
     fractions: Sequence[float] | None = None,
     absolute: bool = True,
-    reference: Any = None,
-    completeness: bool = False,
-    minimality: int = 0,
-    samples: int = 1000,
-    seed: int = 0,
-    **options: Any,
+    reference: Prompts | None = None,
+    **options: Unpack[EvaluationOptions],
 ) -> Evaluation:
     """Faithfulness of the circuit's best edges (or nodes) at every size, all else ablated.
 
@@ -86,7 +94,7 @@ def evaluate_circuit(
     Args:
         ablation, reference: what cut edges carry, as in `run_circuit`, and the prompts of its means.
         fractions: sizes, parts of all edges (or nodes) of the model.
-        samples, seed: of the bootstrap over pairs.
+        samples, seed: of the bootstrap over pairs, 1000 and 0.
         completeness: also how near the model without the circuit comes to the empty one, 1 − |f(model without it)|.
         minimality: also the drop of faithfulness when each of this many strongest edges (nodes) alone is taken out.
         options: of `patch` (schedule, progress, max_tokens, checkpoint).
@@ -94,6 +102,7 @@ def evaluate_circuit(
     Raises:
         CircuitError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model.
     """
+    how = Options.of(options, *EvaluationOptions.__annotations__, error=CircuitError)
     fractions = sorted(FRACTIONS if fractions is None else fractions)
     if not fractions or not 0 <= fractions[0] <= fractions[-1] <= 1:
         raise CircuitError(f"fractions={list(fractions)}; give sizes between 0 and 1, parts of all {circuit.level}s")
@@ -102,16 +111,17 @@ def evaluate_circuit(
     whole, sizes = circuit.matrix(facts), _sizes(circuit, fractions, total)
     masks = _largest(circuit, sizes, absolute, facts)
     nothing = np.zeros_like(whole)
+    completeness = options.get("completeness", False)
     rest = [facts.mask & ~whole] if completeness else []
-    without = _taken_out(circuit, minimality, facts)
+    without = _taken_out(circuit, options.get("minimality", 0), facts)
     taken = [whole, *without.values()] if without else []
     filled = reference_of(model, pairs, ablation, reference, metric)
     every = [nothing, *masks, *rest, *taken]
-    effects = run_masks(model, pairs, every, ablation, metric, reference=filled, **options)
+    effects = Masks(model, Runs(model.encode(pairs)), metric, filled, ablation).run(every, how)
     values, full = (part.values.astype(np.float64) for part in (effects.values, effects.clean))
     empty, rows, tail = values[0], values[1 : len(masks) + 1], values[len(masks) + 1 :]
     scores = faithfulness_of(rows, full, empty)
-    low, high = _intervals(rows, full, empty, samples, seed)
+    low, high = _intervals(rows, full, empty, options.get("samples", 1000), options.get("seed", 0))
     curve = pd.DataFrame(
         {
             "n_edges": [int(mask.sum()) for mask in masks],
@@ -144,7 +154,7 @@ def evaluate_circuit(
     )
 
 
-def _ranking(circuit: Circuit) -> list[tuple[Any, float]]:
+def _ranking(circuit: Circuit) -> list[tuple[Item, float]]:
     """What can be left out, strongest first: embed is in every circuit of nodes."""
     return [(name, score) for name, score in circuit.ranking() if name != EMBED.node]
 
@@ -214,18 +224,20 @@ def stability(
     *,
     samples: int = 10,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> np.ndarray:
     """How much circuits of `size` edges agree when pairs are drawn anew: Jaccard of each two, `[pair of samples]`."""
     generator = np.random.default_rng(seed)
-    found = []
+    circuits = []
     for _ in range(samples):
         drawn = pairs[sorted(generator.integers(0, len(pairs), size=len(pairs)).tolist())]
-        found.append(discover(model, drawn, method, "edge", metric, **options).top(n_edges=size))
-    return np.array([a.jaccard(b) for i, a in enumerate(found) for b in found[i + 1 :]])
+        circuits.append(discover(model, drawn, method, "edge", metric, **options).top(n_edges=size))
+    return np.array([a.jaccard(b) for i, a in enumerate(circuits) for b in circuits[i + 1 :]])
 
 
-def compare_circuits(circuit: Circuit, reference: Circuit | Sequence[Any], facts: Any = None) -> dict[str, float]:
+def compare_circuits(
+    circuit: Circuit, reference: Circuit | Sequence[Item], facts: Described = None
+) -> dict[str, float]:
     """Precision, recall and AUROC of a circuit's edges (nodes) against a reference circuit.
 
     AUROC ranks every possible edge of the model by |score|, absent edges as 0 (in a circuit without scores, what it

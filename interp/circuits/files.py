@@ -20,8 +20,10 @@ from .nodes import EMBED, LOGITS, Facts, node
 LEVELS = ("edge", "node")
 SCHEMA, VERSION = "interp.circuit", 1
 Place = str | os.PathLike[str]
-#: Edges (sender, receiver) or nodes, with their scores.
-Items = dict[Any, float | None]
+#: A node or an edge (sender, receiver), by name or as Sites; with their scores.
+Item = Any
+Items = dict[Item, float | None]
+Meta = dict[str, Any]
 _FIELDS = ("schema", "version", "level", "facts", "meta", "nodes", "edges")
 T = TypeVar("T")
 
@@ -32,20 +34,20 @@ class Parts(NamedTuple):
     level: str
     items: Items
     facts: Facts | None
-    meta: Mapping[str, Any]
+    meta: Mapping[str, object]
 
 
 class Written(Protocol):
     """What is written of a circuit."""
 
     @property
-    def meta(self) -> dict[str, Any]: ...
+    def meta(self) -> Meta: ...
     @property
     def level(self) -> str: ...
     @property
     def edges(self) -> list[tuple[str, str]]: ...
     def nodes(self, level: str = "node") -> list[str]: ...
-    def scores(self) -> dict[Any, float]: ...
+    def scores(self) -> dict[Item, float]: ...
 
 
 def write_json(circuit: Written, path: Place) -> None:
@@ -163,7 +165,7 @@ def read_bytes(path: Place) -> bytes:
         raise CircuitError(f"cannot read a circuit from {path}: {error.strerror or error}") from error
 
 
-def read_json(path: Place) -> dict[str, Any]:
+def read_json(path: Place) -> Meta:
     """The object in a JSON file; a CircuitError names the line where it breaks off."""
     try:
         data = json.loads(read_bytes(path).decode())
@@ -173,7 +175,7 @@ def read_json(path: Place) -> dict[str, Any]:
         raise CircuitError(f"{path}: byte {error.start} is not UTF-8: this is no JSON file") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless brackets
         raise CircuitError(f"{path}: no JSON that can be read: {error}") from error
-    made: dict[str, Any] = typed(path, "(top)", data, dict)
+    made: Meta = typed(path, "(top)", data, dict)
     return made
 
 

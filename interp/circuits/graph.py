@@ -17,9 +17,12 @@ import numpy as np
 from ..errors import CircuitError
 from ..order import READERS
 from ..sites import Site
+from .files import Item
 from .nodes import EMBED, LOGITS, Facts, node, order
 
 Link = tuple[Site, Site]
+#: Numbers by sender and receiver, numpy or torch.
+Array = Any
 Scores = Mapping[Site, float | None]
 
 
@@ -28,7 +31,7 @@ def edge_name(edge: Link) -> str:
     return f"{edge[0].node} -> {edge[1].node}"
 
 
-def matrix_edges(scores: Any, mask: Any, facts: Facts) -> dict[Link, float | None]:
+def matrix_edges(scores: Array, mask: Array | None, facts: Facts) -> dict[Link, float | None]:
     """The edges in `mask` (bool; None: all) with their scores; both [sender, receiver], numpy or torch.
 
     Raises:
@@ -45,9 +48,9 @@ def matrix_edges(scores: Any, mask: Any, facts: Facts) -> dict[Link, float | Non
     return {(facts.senders[s], facts.receivers[r]): scores[s, r].item() for s, r in at}
 
 
-def named_edges(edges: Mapping[Any, float | None] | Iterable[tuple[Any, Any]]) -> dict[Link, float | None]:
+def named_edges(edges: Mapping[Item, float | None] | Iterable[tuple[Item, Item]]) -> dict[Link, float | None]:
     """Edges by Site from edges by name, with scores or without. CircuitError: no such nodes."""
-    scored: Mapping[Any, Any] = edges if isinstance(edges, Mapping) else dict.fromkeys(edges)
+    scored: Mapping[Item, float | None] = edges if isinstance(edges, Mapping) else dict.fromkeys(edges)
     found: dict[Link, float | None] = {}
     for edge, score in scored.items():
         if not isinstance(edge, tuple) or len(edge) != 2:
@@ -56,9 +59,9 @@ def named_edges(edges: Mapping[Any, float | None] | Iterable[tuple[Any, Any]]) -
     return found
 
 
-def named_nodes(nodes: Mapping[Any, float | None] | Iterable[Any]) -> dict[Site, float | None]:
+def named_nodes(nodes: Mapping[Item, float | None] | Iterable[Item]) -> dict[Site, float | None]:
     """Nodes by Site from names or (layer, head), with scores or without. CircuitError: no such nodes."""
-    scored: Mapping[Any, Any] = nodes if isinstance(nodes, Mapping) else dict.fromkeys(nodes)
+    scored: Mapping[Item, float | None] = nodes if isinstance(nodes, Mapping) else dict.fromkeys(nodes)
     found: dict[Site, float | None] = {}
     for name, score in scored.items():
         head = isinstance(name, tuple) and len(name) == 2

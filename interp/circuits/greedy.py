@@ -24,6 +24,11 @@ from ..options import Options
 MOST_AHEAD = 64
 
 
+#: A node, or an edge (sender, receiver) by number; and what is expected of each: a mapping, or an array.
+Candidate = Any
+Stays = Any
+
+
 class Log:
     """The metric after each removal, in order: of an earlier run first, then of this one."""
 
@@ -82,14 +87,14 @@ class Search:
         bar: counts candidates. log: what is known from an earlier run.
     """
 
-    attempt: Callable[[Sequence[Any]], tuple[list[float], list[bool]]]
-    stays: Any
+    attempt: Callable[[Sequence[Candidate]], tuple[list[float], list[bool]]]
+    stays: Stays
     threshold: float
     most: int
     bar: tqdm
     log: Log
 
-    def in_turn(self, candidates: Sequence[Any], current: float) -> Iterator[tuple[Any, float, float]]:
+    def in_turn(self, candidates: Sequence[Candidate], current: float) -> Iterator[tuple[Candidate, float, float]]:
         """(candidate, change, metric) of each removal on top of all earlier ones; `current` is the metric before the first.
 
         A batch holds up to the first candidate whose fate was another than its rows assumed; those behind it are tried

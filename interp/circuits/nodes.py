@@ -19,6 +19,8 @@ from ..sites import KIND, RECEIVERS, SENDERS, TABLE_KINDS, Site
 EMBED, LOGITS = Site("embed"), Site("logits")
 #: The kind of site that stands for each reader of `interp.order`.
 KIND_READING = {kind.reads: kind.name for kind in KIND.values() if kind.reads}
+#: What says which edges a model has: `Facts`, a `Model`, or a mapping with their names.
+Described = Any
 #: A name such as L999999999.H0 in a damaged file must not make a graph of that size.
 MOST_HEADS = 1_000_000
 
@@ -67,7 +69,7 @@ class Facts:
             )
 
     @classmethod
-    def of(cls, model: Any) -> Facts:
+    def of(cls, model: Described) -> Facts:
         """The facts of a `Model`, of other `Facts`, or of a dictionary with these names.
 
         Raises:
@@ -84,7 +86,7 @@ class Facts:
             raise CircuitError(f"facts: field {missing[0]!r} is missing")
         return cls(**model)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields as a JSON-able dictionary."""
         return asdict(self)
 

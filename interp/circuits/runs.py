@@ -23,6 +23,7 @@ from ..models.model import EDGE_LAWS, Model
 from ..options import Options, RunOptions
 from ..pairs import PromptPairs
 from .circuit import Circuit
+from .files import Item
 from .nodes import Facts
 
 Prompts = PromptPairs | Sequence[Any] | str
@@ -153,7 +154,7 @@ class CircuitOptions(RunOptions, total=False):
 def run_circuit(
     model: Model,
     pairs: PromptPairs,
-    circuit: Circuit | Sequence[Any],
+    circuit: Circuit | Sequence[Item],
     ablation: str = "counterfactual",
     metric: Metric = logit_diff,
     **options: Unpack[CircuitOptions],

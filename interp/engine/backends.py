@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,13 +12,11 @@ import torch
 from ..errors import BackendError
 from ..metrics import Metric
 from ..models.steady import ordinary, steady
-from .trace import scores
+from .trace import Done, Function, scores
 
 if TYPE_CHECKING:
     from ..models.model import Model
     from .program import Program
-
-Done = Callable[[int, Any], None]
 
 
 class Backend(Protocol):
@@ -36,7 +34,7 @@ class Backend(Protocol):
         programs: list[Program],
         metric: Metric | None,
         done: Done,
-        function: Callable[..., Any] = scores,
+        function: Function = scores,
     ) -> None: ...
 
 
@@ -51,7 +49,7 @@ class Local:
         programs: list[Program],
         metric: Metric | None,
         done: Done,
-        function: Callable[..., Any] = scores,
+        function: Function = scores,
     ) -> None:
         """Every program in order; `done(index, result)` after each."""
         with steady(model):

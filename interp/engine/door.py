@@ -27,7 +27,7 @@ from ..metrics import Metric
 from ..models.model import Model
 from .backoff import out_of_memory
 from .program import Program
-from .trace import scores
+from .trace import Function, scores
 
 #: Work of more units than this shows a bar on a terminal.
 LONG = 200
@@ -66,7 +66,7 @@ class Work(Generic[P]):
 
     pieces: Sequence[P]
     place: Callable[[P, Any], int]
-    function: Callable[..., Any] = scores
+    function: Function = scores
     metric: Metric | None = None
     total: int = 0
     unit: str = "piece"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nnsight
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.tracing.backend import Backend as Transport
 
 from ..errors import BackendError
+from ..models.layout import Envoy
 from .remote import Shipped, failure, serialise
+from .trace import Function
+
+if TYPE_CHECKING:
+    from ..models.model import Model
 
 
 class Watch:
@@ -22,7 +26,7 @@ class Watch:
     def __init__(self, timeout: float) -> None:
         self.timeout, self.deadline, self.status = timeout, time.monotonic() + timeout, "SENT"
 
-    def update(self, response: Any) -> None:
+    def update(self, response: Envoy) -> None:
         """A message of the server."""
         self.status = response.status.value
 
@@ -38,14 +42,14 @@ class Watch:
 class Wire(RemoteBackend):
     """nnsight's connection to a server, with its bytes counted."""
 
-    def __init__(self, backend: Ndif, model: Any) -> None:
+    def __init__(self, backend: Ndif, model: Model) -> None:
         env = model.nn._remoteable_get_env()
         super().__init__(model_key(model.nn), host=backend.host, env=env)
         self.compress = True
         self.backend = backend
         self.display = Watch(backend.timeout)
 
-    def _serialize(self, tracer: Any) -> bytes:
+    def _serialize(self, tracer: Envoy) -> bytes:
         blob = serialise(tracer)
         self.backend.sent += len(blob)
         return blob
@@ -55,7 +59,7 @@ class Wire(RemoteBackend):
         return super().finalize(content)
 
 
-def model_key(nn: Any) -> str:
+def model_key(nn: Envoy) -> str:
     """The name under which servers know this model: the hub's spelling of its id or, without a hub, ours."""
     from nnsight.modeling import huggingface
 
@@ -80,10 +84,10 @@ class Ndif(Shipped):
         super().__init__(timeout)
         self.host = host
 
-    def transport(self, model: Any) -> Transport:
+    def transport(self, model: Model) -> Transport:
         return Wire(self, model)
 
-    def explain(self, error: Exception, function: Callable[..., Any]) -> BackendError:
+    def explain(self, error: Exception, function: Function) -> BackendError:
         where = self.host or nnsight.CONFIG.API.HOST
         if isinstance(error, RemoteError):
             return failure(str(error), function, f"the server at {where}")

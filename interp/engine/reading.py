@@ -23,7 +23,7 @@ from .compile import inputs_of
 from .door import Work, do
 from .program import Place, Program
 from .schedule import token_budget
-from .trace import Found, execute
+from .trace import Found, Function, execute
 
 
 def entry(layer: int, kind: str, op: str, row: int, **where: int) -> tuple[int, ...]:
@@ -114,7 +114,7 @@ def read_all(
     model: Model,
     pieces: Sequence[Reading],
     place: Callable[[Reading, Any], None],
-    function: Callable[..., Any] = execute,
+    function: Function = execute,
     metric: Metric | None = None,
     options: tuple[str, bool | None] = ("reading", False),
 ) -> None:

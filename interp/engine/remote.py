@@ -16,8 +16,9 @@ from nnsight.tracing.backend import Backend as Transport
 
 from ..errors import BackendError, InterpError
 from ..metrics import Metric
+from ..models.layout import Envoy
 from ..views import Seen
-from .trace import scores
+from .trace import Done, Function, scores
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -117,15 +118,15 @@ class Shipped:
         self.timeout, self.limit = timeout, REQUEST
         self.sent = self.received = self.requests = 0
 
-    def transport(self, model: Any) -> Transport:
+    def transport(self, model: Model) -> Transport:
         """What hands one serialised session over, and its results back; it counts bytes here."""
         raise NotImplementedError
 
-    def explain(self, error: Exception, function: Callable[..., Any]) -> BackendError:
+    def explain(self, error: Exception, function: Function) -> BackendError:
         """The error of a request as the user should read it."""
         raise NotImplementedError
 
-    def _call(self, model: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _call(self, model: Model, function: Function, args: tuple[Any, ...]) -> Any:
         nnsight.register(__name__.split(".")[0])
         _, programs, metric = args
         views = {id(seen): seen for program in programs for seen in (program.get("views") or {}).values()}
@@ -152,8 +153,8 @@ class Shipped:
         model: Model,
         programs: list[Program],
         metric: Metric | None,
-        done: Callable[[int, Any], None],
-        function: Callable[..., Any] = scores,
+        done: Done,
+        function: Function = scores,
     ) -> None:
         """Run programs in as few requests as let progress be seen; only what `function` gives of them comes back.
 
@@ -173,7 +174,7 @@ class Shipped:
             finished = group[-1] + 1
 
 
-def serialise(tracer: Any) -> bytes:
+def serialise(tracer: Envoy) -> bytes:
     """A session as it travels. Raises BackendError where something in it has no form that can be sent."""
     from nnsight.schema.request import RequestModel
 
@@ -187,7 +188,7 @@ def serialise(tracer: Any) -> bytes:
         ) from error
 
 
-def failure(text: str, function: Callable[..., Any], where: str) -> BackendError:
+def failure(text: str, function: Function, where: str) -> BackendError:
     """The error for a traceback text from the other side."""
     last = next((line for line in reversed(text.strip().splitlines()) if line.strip()), "no reason given")
     hint = ""

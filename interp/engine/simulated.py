@@ -12,10 +12,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import isclose
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import zstandard
@@ -24,9 +24,14 @@ from nnsight.tracing.util import push
 
 from ..errors import BackendError
 from ..models.adapters import adapter_layers
+from ..models.layout import Envoy
 from . import worker as script
 from .identity import weights_digest
 from .remote import Shipped, failure, serialise
+from .trace import Function
+
+if TYPE_CHECKING:
+    from ..models.model import Model
 
 #: How many models the worker keeps; one more, and it drops the one that was used longest ago.
 MODELS = 4
@@ -150,7 +155,7 @@ class Pipe(Transport):
     def __init__(self, backend: Simulated, worker: Worker, number: int) -> None:
         self.backend, self.worker, self.number = backend, worker, number
 
-    def __call__(self, tracer: Any) -> None:
+    def __call__(self, tracer: Envoy) -> None:
         blob = serialise(tracer)
         self.backend.sent += len(blob)
         settings = (torch.get_num_threads(), torch.get_float32_matmul_precision())
@@ -176,14 +181,14 @@ class Simulated(Shipped):
         self.source = source
         self.options = dict(options or {})
 
-    def transport(self, model: Any) -> Transport:
+    def transport(self, model: Model) -> Transport:
         worker = current_worker()
         return Pipe(self, worker, self.number_of(model, worker))
 
-    def explain(self, error: Exception, function: Callable[..., Any]) -> BackendError:
+    def explain(self, error: Exception, function: Function) -> BackendError:
         return failure(str(error), function, "the simulated server")
 
-    def number_of(self, model: Any, worker: Worker) -> int:
+    def number_of(self, model: Model, worker: Worker) -> int:
         """The worker's number for this model with the weights that it has now; loads it there where needed.
 
         Raises:

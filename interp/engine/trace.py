@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Found = dict[str, Any]
 Metric = Callable[..., Tensor]
 Done = Callable[[int, Any], None]
+#: A function of this file, or another that is called alike.
+Function = Callable[..., Any]
 
 
 def resume(run: Run, prepared: Found) -> None:

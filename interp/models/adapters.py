@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from ..errors import ArchitectureError
+from .layout import Envoy
 from .steady import standing
 
 
-def unwrapped(module: Any) -> Any:
+def unwrapped(module: Envoy) -> Any:
     """The HuggingFace module that a PEFT wrapper holds, with the adapters' layers in it; any other module as it is.
 
     Raises:
@@ -30,7 +31,7 @@ def unwrapped(module: Any) -> Any:
     return module.model if isinstance(module, BaseTuner) else module
 
 
-def beside(wrapper: Any, kind: str) -> str:
+def beside(wrapper: Envoy, kind: str) -> str:
     """The refusal of an adapter that is not a part of the module's layers."""
     return (
         f"a {type(wrapper).__name__} with a {kind} adapter is more than the model inside it: the adapter stands beside the "
@@ -40,7 +41,7 @@ def beside(wrapper: Any, kind: str) -> str:
 
 
 @torch.no_grad()
-def refuse_more_than_layers(wrapper: Any, hf: Any) -> None:
+def refuse_more_than_layers(wrapper: Envoy, hf: Envoy) -> None:
     """Check that a wrapper gives the logits of the module inside it.
 
     Raises:
@@ -59,7 +60,7 @@ def refuse_more_than_layers(wrapper: Any, hf: Any) -> None:
         raise ArchitectureError(beside(wrapper, kinds))
 
 
-def adapter_layers(hf: Any) -> dict[str, Any]:
+def adapter_layers(hf: Envoy) -> dict[str, Any]:
     """The layers of a module that PEFT has put there, by name."""
     if "peft" not in sys.modules:
         return {}
@@ -70,7 +71,7 @@ def adapter_layers(hf: Any) -> dict[str, Any]:
     return {name: module for name, module in hf.named_modules() if isinstance(module, kinds)}
 
 
-def adapter_state(hf: Any) -> list[tuple[Any, ...]]:
+def adapter_state(hf: Envoy) -> list[tuple[Any, ...]]:
     """What of the adapters is in no weight: which of them are active, merged or switched off, and how they are scaled."""
     return [
         (

@@ -30,15 +30,15 @@ _TOKENIZER_FILES = (
 
 def read_checkpoint(
     source: Any,
-    tokenizer: Any,
+    tokenizer: object,
     remote: bool,
     *,
-    device: Any,
-    dtype: Any,
+    device: object,
+    dtype: object,
     device_map: Any,
     allow_missing: bool,
     options: dict[str, Any],
-) -> tuple[Any, Any, str]:
+) -> tuple[Any, object, str]:
     """The HuggingFace model (a weightless nnsight one when remote), the tokenizer or None, the commit or revision read."""
     from transformers import AutoConfig
     from transformers.utils.hub import resolve_revision
@@ -76,7 +76,7 @@ def read_checkpoint(
 
 
 @contextmanager
-def _told(source: Any) -> Iterator[None]:
+def _told(source: object) -> Iterator[None]:
     """What transformers raises while it reads a checkpoint, as one of our errors."""
     try:
         yield
@@ -107,8 +107,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_adapted(
-    source: Any, base: str, tokenizer: Any, *, allow_missing: bool, options: dict[str, Any], **placed: Any
-) -> tuple[Any, Any, str]:
+    source: Any, base: str, tokenizer: object, *, allow_missing: bool, options: dict[str, Any], **placed: object
+) -> tuple[object, object, str]:
     """The model that an adapter is for, with the adapter's layers in it."""
     try:
         from peft import PeftModel
@@ -136,7 +136,7 @@ def _read_adapted(
         raise ModelNotFoundError(f"the adapter {source} does not fit {base}: {_first_line(error)}") from error
 
 
-def _read_tokenizer(source: Any, config: Any, where: dict[str, Any]) -> Any:
+def _read_tokenizer(source: object, config: object, where: dict[str, Any]) -> object:
     """The checkpoint's own tokenizer; None, with a warning, where it has none.
 
     Raises:
@@ -168,7 +168,7 @@ def _read_tokenizer(source: Any, config: Any, where: dict[str, Any]) -> Any:
     )
 
 
-def _reader(config: Any) -> Any:
+def _reader(config: object) -> Any:
     """transformers' class for a model with a head over the vocabulary: of text, or of text beside pictures or sound.
 
     The one that the checkpoint was saved from is preferred; text models of vision checkpoints have classes of their own.
@@ -189,7 +189,7 @@ def _reader(config: Any) -> Any:
     return (exact or [auto for auto, _ in able] or [transformers.AutoModelForCausalLM])[0]
 
 
-def _read_weights(source: Any, reader: Any, options: dict[str, Any], allow_missing: bool) -> Any:
+def _read_weights(source: object, reader: Any, options: dict[str, object], allow_missing: bool) -> Any:
     """The module with its weights. Raises ModelNotFoundError where some would be random numbers, unless they may be."""
     from safetensors import SafetensorError
 
@@ -221,7 +221,7 @@ def _read_weights(source: Any, reader: Any, options: dict[str, Any], allow_missi
     return hf
 
 
-def _weightless(source: Any, config: Any, tokenizer: Any, dtype: Any, options: dict[str, Any]) -> Any:
+def _weightless(source: object, config: Any, tokenizer: object, dtype: object, options: dict[str, object]) -> object:
     """The nnsight model without weights whose requests a server understands."""
     if dtype is not None:
         options = {**options, "dtype": dtype}
@@ -231,7 +231,7 @@ def _weightless(source: Any, config: Any, tokenizer: Any, dtype: Any, options: d
             stacklevel=4,
         )
     known = tokenizer or ids_only(int(config.get_text_config().vocab_size))
-    parts: dict[str, Any] = {"task": "text-generation", "tokenizer": known}
+    parts: dict[str, object] = {"task": "text-generation", "tokenizer": known}
     if _reader(config).__name__ != "AutoModelForCausalLM":
         parts |= {"task": "image-text-to-text", "processor": known}
     nn = wrapped(str(source), **parts, **options)
@@ -240,7 +240,7 @@ def _weightless(source: Any, config: Any, tokenizer: Any, dtype: Any, options: d
     return nn
 
 
-def wrapped(source: Any, **options: Any) -> Any:
+def wrapped(source: object, **options: object) -> Any:
     """The nnsight model of a module or a name. It makes a pipeline, which lists a hundred classes where ours is none of them."""
     logger = logging.getLogger("transformers.pipelines.base")
     silent, logger.disabled = logger.disabled, True
@@ -250,7 +250,7 @@ def wrapped(source: Any, **options: Any) -> Any:
         logger.disabled = silent
 
 
-def ids_only(vocab_size: int) -> Any:
+def ids_only(vocab_size: int) -> object:
     """A stand-in tokenizer for a model without one; nnsight wants some tokenizer to exist."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

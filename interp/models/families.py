@@ -96,10 +96,10 @@ class Family:
     #: why a model cannot be used at all; a variant says so
     unsupported: str = ""
     #: ({config attribute: value}, changes): all whose every attribute has that value are applied, one after the other
-    variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
+    variants: tuple[tuple[Mapping[str, object], Mapping[str, Any]], ...] = ()
     note: str = ""
 
-    def for_config(self, config: Any) -> Family:
+    def for_config(self, config: object) -> Family:
         """This row with the variants applied that the model's configuration asks for."""
         row = self
         for wanted, changes in self.variants:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any
 
 from .families import FAMILIES, Family
-from .layout import at
+from .layout import Envoy, at
 
 
-def infer_family(hf: Any) -> Family | None:
+def infer_family(hf: Envoy) -> Family | None:
     """A known row whose every path exists in this model, with nothing left over; None when none fits.
 
     Only rows whose block has exactly the same weight-bearing modules are candidates: a module that the row does not
@@ -40,7 +39,7 @@ def infer_family(hf: Any) -> Family | None:
     return None
 
 
-def placed(family: Family, hf: Any) -> Family:
+def placed(family: Family, hf: Envoy) -> Family:
     """The row with the paths that the text model has inside `hf`, where a vision or audio model is built around it.
 
     The module says where its decoder and its output head are; blocks are the same inside.
@@ -60,12 +59,12 @@ def placed(family: Family, hf: Any) -> Family:
     return replace(family, head=head, logit_scale=scale, **moved)
 
 
-def _weighted(block: Any) -> set[str]:
+def _weighted(block: Envoy) -> set[str]:
     """The names of a block's modules that have weights."""
     return {name for name, module in block.named_modules() if getattr(module, "weight", None) is not None}
 
 
-def _joint_qk_norm(block: Any, config: Any) -> bool:
+def _joint_qk_norm(block: Envoy, config: Envoy) -> bool:
     """Whether queries are normalised over all heads together: their norm is then as wide as all heads."""
     norm = next((module for name, module in block.named_modules() if name.endswith("q_norm")), None)
     heads = config.num_attention_heads

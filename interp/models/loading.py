@@ -15,7 +15,7 @@ from .bundled import ensure_bundled
 from .checkpoints import ids_only, read_checkpoint, wrapped
 from .families import FAMILIES, Family, find_family
 from .infer import infer_family, placed
-from .layout import Taps, at, rotates_by_length, sizes
+from .layout import Envoy, Taps, at, rotates_by_length, sizes
 from .model import Model
 from .packages import BUNDLED
 from .supported import both_ways, refuse_unsupported, without_fused
@@ -36,7 +36,6 @@ def load_model(
     prefix: str | None = None,
     revision: str | None = None,
     check: bool = True,
-    allow_missing: bool = False,
     **options: Any,
 ) -> Model:
     """Load a causal language model as it is, for experiments.
@@ -53,9 +52,10 @@ def load_model(
         prefix: text put before every string prompt; a bundled model brings the one that it needs.
         revision: of a hub model.
         check: run one short forward that checks every read (where the weights are in this process).
-        allow_missing: go on, with a warning, where the checkpoint lacks weights and random numbers stand in for them.
-        options: passed to `from_pretrained` (`quantization_config`, …). Those that say where and how to read (`token`,
-            `cache_dir`, `subfolder`, `local_files_only`, `trust_remote_code`, …) reach config, tokenizer and weights.
+        options: `allow_missing=True` goes on, with a warning, where the checkpoint lacks weights and random numbers stand in
+            for them; all others are passed to `from_pretrained` (`quantization_config`, …). Those that say where and how to
+            read (`token`, `cache_dir`, `subfolder`, `local_files_only`, `trust_remote_code`, …) reach config, tokenizer and
+            weights.
 
     Raises:
         ModelNotFoundError: nothing under that name, or not the whole of a model. ArchitectureError: no row for this
@@ -72,8 +72,8 @@ def load_model(
 
     if isinstance(tokenizer, ProcessorMixin):  # of a vision model: it would take a prompt for a picture
         tokenizer = getattr(tokenizer, "tokenizer", None)
-    name, note = str(model), ""
-    hf: Any = model
+    name, note, allow_missing = str(model), "", bool(options.pop("allow_missing", False))
+    hf: Envoy = model
     source: Any = model
     if isinstance(model, torch.nn.Module):
         told = {"device": device, "dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
@@ -83,7 +83,7 @@ def load_model(
         entry = BUNDLED[name]
         prefix = entry.prefix if prefix is None else prefix
         note, source = entry.quantisation, ensure_bundled(name)
-    nn: Any = None
+    nn: Envoy = None
     commit = ""
     if isinstance(model, torch.nn.Module):
         backend = make_backend(backend, source)
@@ -110,18 +110,8 @@ def load_model(
     if nn is None:
         known = tokenizer or ids_only(int(hf.config.get_text_config().vocab_size))
         nn = wrapped(hf, tokenizer=known, task="text-generation")
-    loaded = Model(
-        name=name,
-        hf=hf,
-        nn=nn,
-        tokenizer=tokenizer,
-        family=family,
-        taps=make_taps(hf, family),
-        backend=backend,
-        prefix=prefix or "",
-        revision=revision or commit,
-        note=note,
-    )
+    taps, revision = make_taps(hf, family), revision or commit
+    loaded = Model(name, hf, nn, tokenizer, family, taps, backend, prefix or "", revision, note)
     if check and isinstance(backend, Local):
         from ..audit import check_reads
 
@@ -129,7 +119,7 @@ def load_model(
     return loaded
 
 
-def _in_memory(module: Any, asked: dict[str, Any]) -> str:
+def _in_memory(module: Envoy, asked: dict[str, Any]) -> str:
     """The name of a HuggingFace module that is in memory already; what is asked of it must be what it is."""
     if not hasattr(getattr(module, "config", None), "get_text_config"):
         raise ArchitectureError(
@@ -152,7 +142,7 @@ def _in_memory(module: Any, asked: dict[str, Any]) -> str:
     return getattr(module.config, "name_or_path", "") or type(module).__name__
 
 
-def _row(name: str, hf: Any) -> Family:
+def _row(name: str, hf: Envoy) -> Family:
     """The row of the table for this architecture, or one inferred from the names of its modules."""
     config = hf.config.get_text_config()
     row = find_family(config.model_type) or infer_family(hf)
@@ -171,21 +161,21 @@ def _row(name: str, hf: Any) -> Family:
     return without_fused(row, getattr(config, "_attn_implementation", None))
 
 
-def _masked(hf: Any) -> bool:
+def _masked(hf: Envoy) -> bool:
     """Whether this is a model that fills masks, used as such: an encoder, though transformers may call it a decoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return hf.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(hf.config, "is_decoder", False)
 
 
-def factor(config: Any, name: str) -> float:
+def factor(config: Envoy, name: str) -> float:
     """What a configuration multiplies with under a name such as "logit_scale" or "1/logits_scaling"; 1 for none."""
     value = getattr(config, name.removeprefix("1/"), None) if name else None
     number = 1.0 if value is None else float(value)
     return 1 / number if name.startswith("1/") else number
 
 
-def make_taps(hf: Any, family: Family) -> Taps:
+def make_taps(hf: Envoy, family: Family) -> Taps:
     """The facts of one model as a plain dictionary: sizes read off its modules, paths from its family's row.
 
     Raises:

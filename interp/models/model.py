@@ -15,7 +15,7 @@ from ..order import Order
 from ..pairs import EncodedPairs, PromptPairs
 from ..sites import KINDS, KV_KINDS, Site
 from .families import Family
-from .layout import Taps
+from .layout import Envoy, Taps
 
 if TYPE_CHECKING:
     from ..audit import AuditReport
@@ -35,9 +35,9 @@ class Model:
     """
 
     name: str
-    hf: Any
-    nn: Any
-    tokenizer: Any
+    hf: Envoy
+    nn: Envoy
+    tokenizer: Envoy
     family: Family
     taps: Taps
     backend: Any

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from .layout import Envoy
+
 _LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 _MAKING = threading.Lock()
 
 
 @contextmanager
-def steady(model: Any) -> Iterator[None]:
+def steady(model: Envoy) -> Iterator[None]:
     """Run a loaded model here, see `standing`. Layers exchanged since its last run (an adapter added, or merged and taken
     out) are the ones that are stopped at."""
     nn = model.nn

@@ -8,11 +8,12 @@ from typing import Any
 
 from ..errors import ArchitectureError
 from .families import Family
+from .layout import Envoy
 
 _WHOLE = "AutoModelForCausalLM.from_pretrained(...), or load_model with its folder or hub id"
 
 
-def refuse_unsupported(name: str, hf: Any, weights_here: bool) -> None:
+def refuse_unsupported(name: str, hf: Envoy, weights_here: bool) -> None:
     """Check a module before its architecture is looked up.
 
     Raises:
@@ -66,7 +67,7 @@ def both_ways(name: str, kind: str) -> str:
     )
 
 
-def _refuse_without_weights(name: str, hf: Any) -> None:
+def _refuse_without_weights(name: str, hf: Envoy) -> None:
     """Weights that a hook fetches when their module runs, or that were never loaded, have no values to be looked at."""
     absent = sum(parameter.is_meta for parameter in hf.parameters())
     if not absent:

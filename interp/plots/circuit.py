@@ -28,7 +28,7 @@ from ..circuits.nodes import node
 from ..errors import CircuitError, PlotError
 from .circuit_layout import Drawn, Layout, Patterns, drawn_edges, edge_source, node_names, node_source
 from .given import head_of
-from .page import FONT, INK, PAGE, Figure, color_scale, label_cells, panel, tooltip
+from .page import FONT, INK, PAGE, Figure, Plot, color_scale, label_cells, panel, tooltip
 
 DEFAULT_SHOWN = 100
 #: Blue over a grey that still shows on white to red: the middle is a weak edge, not none.
@@ -123,7 +123,7 @@ def plot_circuit_graph(
     if slider:
         slider.js_on_change("value", light)
         controls = [slider, *controls]
-    picture: Any = plot
+    picture: Plot = plot
     if beside:
         attention, image = beside.panel(edges)
         arguments = {
@@ -160,7 +160,7 @@ def plot_circuit_matrix(circuit: Circuit, *, title: str | None = None) -> Figure
         kinds[rows.index(sender), columns.index(receiver)] = 2
     size = [int(np.clip(room / n, 2, 24)) for room, n in ((PAGE - 150, len(columns)), (760, len(rows)))]
     x, y = (-0.5, len(columns) - 0.5), (len(rows) - 0.5, -0.5)
-    plot: Any = panel(x, y, size[0] * len(columns), size[1] * len(rows))
+    plot: Plot = panel(x, y, size[0] * len(columns), size[1] * len(rows))
     mapper = _mapper(scores.values())
     corner: dict[str, Any] = {"x": -0.5, "y": -0.5, "dw": len(columns), "dh": len(rows)}
     kind_colours = LinearColorMapper(palette=["#ffffff", "#ececec", "#8f8f8f"], low=-0.5, high=2.5)
@@ -189,7 +189,7 @@ def _drawing(
     """The figure: rows named by layer, curves under boxes under their labels, and what is shown of each."""
     (left, right), (low, high) = layout.x_range, layout.y_range
     width, height = int((right - left) * layout.across), int((high - low) * layout.up)
-    plot: Any = panel(layout.x_range, layout.y_range, width, height)
+    plot: Plot = panel(layout.x_range, layout.y_range, width, height)
     plot.update(outline_line_color=None, name="circuit")
     plot.yaxis.ticker = FixedTicker(ticks=[layer + 1 for layer in range(layout.layers)])
     plot.yaxis.major_label_overrides = {layer + 1: f"L{layer}" for layer in range(layout.layers)}

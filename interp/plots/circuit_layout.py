@@ -20,7 +20,7 @@ from ..errors import PlotError
 from ..sites import LAYERLESS, Site
 from .given import check_sizes, head_of, labels_of, numbers
 from .labels import told_apart, visible
-from .page import INK, MUTED, label_cells, panel, tooltip
+from .page import INK, MUTED, Plot, label_cells, panel, tooltip
 
 MAX_WEIGHTS = 12_000_000  # of attention patterns in one page, four bytes each
 BEND = 20  # points of a curve
@@ -261,7 +261,7 @@ class Patterns:
         n, shown = len(self.labels), next(head for head in (*writing, *self.index) if head in self.index)
         layer, head = shown
         side = int(self.cell * n)
-        plot: Any = panel((-0.5, n - 0.5), (n - 0.5, -0.5), side, side, f"L{layer}.H{head} attends")
+        plot: Plot = panel((-0.5, n - 0.5), (n - 0.5, -0.5), side, side, f"L{layer}.H{head} attends")
         source = ColumnDataSource({"image": [self.weights[self.index[shown]].copy()]})
         mapper = LinearColorMapper(palette=list(Blues256[::-1]), low=0, high=1)
         image = plot.image("image", -0.5, -0.5, n, n, source=source, color_mapper=mapper)

@@ -12,7 +12,7 @@ from bokeh.models.annotations import Legend, LegendItem, Span
 
 from ..errors import PlotError
 from .labels import plain
-from .page import FONT, INK, MUTED, PAGE, RULE, Figure, panel, tooltip
+from .page import FONT, INK, MUTED, PAGE, RULE, Figure, Plot, panel, tooltip
 
 if TYPE_CHECKING:
     from ..circuits import Circuit, Evaluation
@@ -48,21 +48,7 @@ def plot_faithfulness(evaluations: Mapping[str, Evaluation], *, title: str | Non
     shares = {name: curve["n_edges"] / total if edges else curve["fraction"] for name, curve in curves.items()}
     fractions = np.concatenate([share.to_numpy(float) for share in shares.values()])
     values = np.concatenate([curve["faithfulness"].to_numpy(float) for curve in curves.values()])
-    finite = [*values[np.isfinite(values)], 0.0, 1.0]
-    room = 0.08 * (max(finite) - min(finite))
-    plot: Any = panel(
-        (fractions.min() * 0.85, max(fractions.max(), fractions.min() * 2) * 1.15),
-        (min(finite) - room, max(finite) + room),
-        PAGE - 430,
-        440,
-    )
-    plot.x_scale = LogScale()
-    steps = [digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)]
-    plot.xaxis.ticker = FixedTicker(ticks=[step for step in steps if fractions.min() * 0.85 <= step <= 1])
-    plot.xaxis.formatter = CustomJSTickFormatter(code="return +(100 * tick).toPrecision(3) + ' %';")
-    plot.xaxis.axis_label, plot.yaxis.axis_label = f"{'edges' if edges else 'nodes'} kept", "faithfulness"
-    for level in (0, 1):
-        plot.add_layout(Span(location=level, dimension="width", line_color=RULE, line_width=1.5, level="underlay"))
+    plot = _shares_panel(fractions, values, "edges" if edges else "nodes")
     items, dots = [], []
     for place, (name, evaluation) in enumerate(evaluations.items()):
         curve, color = curves[name], LINES[place % len(LINES)]
@@ -101,6 +87,22 @@ def plot_faithfulness(evaluations: Mapping[str, Evaluation], *, title: str | Non
     return Figure(plot, title or "Faithfulness of circuits", text)
 
 
+def _shares_panel(fractions: np.ndarray, values: np.ndarray, what: str) -> Plot:
+    """An empty panel of faithfulness over the part that is kept, with its lines at 0 and 1."""
+    finite = [*values[np.isfinite(values)], 0.0, 1.0]
+    room = 0.08 * (max(finite) - min(finite))
+    x = (fractions.min() * 0.85, max(fractions.max(), fractions.min() * 2) * 1.15)
+    plot: Plot = panel(x, (min(finite) - room, max(finite) + room), PAGE - 430, 440)
+    plot.x_scale = LogScale()
+    steps = [digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)]
+    plot.xaxis.ticker = FixedTicker(ticks=[step for step in steps if fractions.min() * 0.85 <= step <= 1])
+    plot.xaxis.formatter = CustomJSTickFormatter(code="return +(100 * tick).toPrecision(3) + ' %';")
+    plot.xaxis.axis_label, plot.yaxis.axis_label = f"{what} kept", "faithfulness"
+    for level in (0, 1):
+        plot.add_layout(Span(location=level, dimension="width", line_color=RULE, line_width=1.5, level="underlay"))
+    return plot
+
+
 def plot_pruning(circuits: Mapping[str, Circuit] | Circuit, *, title: str | None = None) -> Figure:
     """Draw the trajectories of `iterative_pruning`: the metric, and how many nodes are left, after every test.
 
@@ -121,8 +123,8 @@ def plot_pruning(circuits: Mapping[str, Circuit] | Circuit, *, title: str | None
     last = max(len(table["test"]) for table in tables.values())
     most = max(max(table["left"]) for table in tables.values()) + 1
     x, width = (0.0, last + 1.0), PAGE - 330
-    upper: Any = panel(x, (values.min() - room, values.max() + room), width, 320)
-    lower: Any = panel(x, (0, most * 1.06), width, 150)
+    upper: Plot = panel(x, (values.min() - room, values.max() + room), width, 320)
+    lower: Plot = panel(x, (0, most * 1.06), width, 150)
     lower.x_range = upper.x_range
     items, dots = [], []
     for place, (name, table) in enumerate(tables.items()):

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import PlotError
 
 
-def numbers(what: str, given: Any) -> np.ndarray:
+def numbers(what: str, given: object) -> np.ndarray:
     """A float32 copy of numbers: numpy's, torch's (of any type, device, with a gradient), lists of those.
 
     Raises:
@@ -26,7 +26,7 @@ def numbers(what: str, given: Any) -> np.ndarray:
     return np.array(found, dtype=np.float32)
 
 
-def whole(what: str, given: Any) -> int:
+def whole(what: str, given: object) -> int:
     """A whole number, numpy's and torch's too. PlotError: anything else, True and False included."""
     given = given.item() if hasattr(given, "item") and getattr(given, "ndim", 1) == 0 else given
     if isinstance(given, bool) or not isinstance(given, int):
@@ -34,7 +34,7 @@ def whole(what: str, given: Any) -> int:
     return given
 
 
-def head_of(what: str, given: Any) -> tuple[int, int]:
+def head_of(what: str, given: object) -> tuple[int, int]:
     """(layer, head), both whole numbers from 0 on. PlotError: anything else."""
     given = given.tolist() if hasattr(given, "tolist") else given
     if not isinstance(given, tuple | list) or len(given) != 2:
@@ -79,5 +79,5 @@ def check_sizes(what: str, given: Mapping[str, Any], known: Mapping[str, int | N
             )
 
 
-def _plain(given: Any) -> Any:
+def _plain(given: object) -> Any:
     return given.detach().float().cpu().numpy() if hasattr(given, "detach") else given  # numpy has no bf16

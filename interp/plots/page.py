@@ -155,6 +155,10 @@ class Figure:
         return {"text/html": self._repr_html_(), "text/plain": repr(self)}
 
 
+#: A bokeh figure: its methods for glyphs are made at run time and have no types.
+Plot = Any
+
+
 def _restored(document: str, title: str, subtitle: str) -> Figure:
     """A figure from the JSON of a document that holds its layout alone."""
     read = Document.from_json(json.loads(document))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
 
 from ..errors import TaskError
 from ..pairs import PromptPairs
+from ..tokens import Tokenizer
 from .build import Row, collect, contrast, load, next_token, one_of, pick, to_pairs
 
 
 def agreement(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     n: int = 32,
     seed: int = 0,
     *,

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import TaskError
 from ..pairs import PromptPairs
-from ..tokens import Text, Tokens
+from ..tokens import Text, Tokenizer, Tokens
 
 #: Draws in a row that may bring no new fitting pair before a task says that there are no more.
 PATIENCE = 2000
@@ -39,14 +39,14 @@ def load(name: str) -> dict[str, Any]:
     return json.loads(text)
 
 
-def token_ids(tokenizer: Any, text: str) -> Tokens:
+def token_ids(tokenizer: Tokenizer, text: str) -> Tokens:
     """Ids of a text without any special tokens; TaskError if there is no tokenizer."""
     if not callable(tokenizer):
         raise TaskError(f"a task needs a HuggingFace tokenizer, got {tokenizer!r}; pass model.tokenizer")
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def next_token(tokenizer: Any, context: str, text: str) -> int | None:
+def next_token(tokenizer: Tokenizer, context: str, text: str) -> int | None:
     """The id that `text` is when it follows `context`; None if it is not exactly one known token there."""
     before, after = token_ids(tokenizer, context), token_ids(tokenizer, context + text)
     if len(after) != len(before) + 1 or after[:-1] != before:
@@ -54,14 +54,14 @@ def next_token(tokenizer: Any, context: str, text: str) -> int | None:
     return None if after[-1] == getattr(tokenizer, "unk_token_id", None) else after[-1]
 
 
-def as_answer(tokenizer: Any, context: str, text: str) -> str | int | None:
+def as_answer(tokenizer: Tokenizer, context: str, text: str) -> str | int | None:
     """The answer as a string that alone is the same token, else as an id; None if it is not one token."""
     token = next_token(tokenizer, context, text)
     alone = (t for t in (text, text.strip()) if token is not None and Text(tokenizer).single(t) == token)
     return next(alone, token)
 
 
-def fitting(tokenizer: Any, words: Iterable[str], context: str, needed: int, what: str) -> list[str]:
+def fitting(tokenizer: Tokenizer, words: Iterable[str], context: str, needed: int, what: str) -> list[str]:
     """The words that are one token after `context`; TaskError if fewer than `needed` are."""
     listed = list(words)
     fits = [word for word in listed if next_token(tokenizer, context, f" {word}") is not None]
@@ -89,7 +89,7 @@ def one_of(name: str, value: Any, options: Sequence[Any]) -> None:
 
 
 def contrast(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     template: str,
     clean: Mapping[str, str],
     corrupted: Mapping[str, str],
@@ -158,7 +158,7 @@ def to_pairs(name: str, rows: Sequence[Row]) -> PromptPairs:
     )
 
 
-def _render(tokenizer: Any, template: str, words: Mapping[str, str]) -> tuple[str, dict[str, Tokens] | None]:
+def _render(tokenizer: Tokenizer, template: str, words: Mapping[str, str]) -> tuple[str, dict[str, Tokens] | None]:
     """The filled template, and per field its tokens' positions from the end (with the space before the word).
 
     None instead of the positions if a field's edge falls inside a token.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
 
 from ..errors import TaskError
 from ..pairs import PromptPairs
+from ..tokens import Tokenizer
 from .build import Row, at_least_one, contrast, load, next_token, one_of, to_pairs, too_few
 
 RELATIONS = ("capital", "landmark", "both")
 
 
-def facts(tokenizer: Any, n: int = 32, seed: int = 0, *, relation: str = "capital") -> PromptPairs:
+def facts(tokenizer: Tokenizer, n: int = 32, seed: int = 0, *, relation: str = "capital") -> PromptPairs:
     """Factual recall: "The Eiffel Tower is in the city of" -> " Paris", against the Colosseum's " Rome".
 
     The corrupted prompt is another fact of the same relation whose subject has as many tokens; its answer is

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
 
 from ..errors import TaskError
 from ..pairs import PromptPairs
+from ..tokens import Tokenizer
 from .build import Row, collect, contrast, load, next_token, pick, to_pairs, token_ids
 
 PROBE = "The war lasted from the year 17"
 
 
-def greater_than(tokenizer: Any, n: int = 32, seed: int = 0, *, template: int | None = None) -> PromptPairs:
+def greater_than(tokenizer: Tokenizer, n: int = 32, seed: int = 0, *, template: int | None = None) -> PromptPairs:
     """Greater-than: "The war lasted from the year 1732 to the year 17" -> any later year's next token.
 
     Answers are the set of tokens that make the end year later than the start year, distractors the set of

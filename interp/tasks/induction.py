@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
 
 from ..errors import TaskError
 from ..pairs import PromptPairs
-from ..tokens import Tokens
+from ..tokens import Tokenizer, Tokens
 from .build import Row, as_answer, collect, next_token, one_of, to_pairs, token_ids
 
 CORRUPTIONS = ("answer", "all")
 
 
 def induction(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     n: int = 32,
     seed: int = 0,
     *,
@@ -75,7 +74,7 @@ def induction(
     return to_pairs("induction", collect(n, draw, "induction"))
 
 
-def _words(tokenizer: Any, rng: Random, enough: int) -> dict[int, str]:
+def _words(tokenizer: Tokenizer, rng: Random, enough: int) -> dict[int, str]:
     """Random ids of the vocabulary whose text is a plain word that becomes that one id again: id -> word."""
     words: dict[int, str] = {}
     for token in rng.sample(range(len(tokenizer)), len(tokenizer)):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
 
 from ..pairs import PromptPairs
+from ..tokens import Tokenizer
 from .build import Row, collect, contrast, fitting, load, one_of, pick, to_pairs
 
 CORRUPTIONS = ("flip", "random-names")
@@ -13,7 +13,7 @@ ORDERS = ("both", "ABBA", "BABA")
 
 
 def ioi(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     n: int = 32,
     seed: int = 0,
     *,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
 
 from ..pairs import PromptPairs
+from ..tokens import Tokenizer
 from .build import Row, collect, contrast, fitting, load, pick, to_pairs
 
 
-def pronouns(tokenizer: Any, n: int = 32, seed: int = 0, *, template: int | None = None) -> PromptPairs:
+def pronouns(tokenizer: Tokenizer, n: int = 32, seed: int = 0, *, template: int | None = None) -> PromptPairs:
     """Gendered pronouns: "So Mary is a really great friend, isn't" -> " she", not " he".
 
     Half of the clean prompts name a woman, half a man; the corrupted prompt has a name of the other kind.
