@@ -26,6 +26,8 @@ from common import (
 
 import interp
 from interp.circuits.acdc import acdc
+from interp.engine.context import Runs
+from interp.options import Options
 
 
 def plain_passes(hf: Any, ids: torch.Tensor, right: int, wrong: int) -> float:
@@ -96,7 +98,8 @@ def main() -> None:
             threshold = 0.01 * abs(float((ends.clean - ends.corrupted).mean()))
         else:
             threshold = 0.5 * float(np.median([abs(score) for score in within.scores().values()]))
-        run = partial(acdc, used, one, interp.logit_diff, within, threshold, {}, progress=False)
+        runs, quiet = Runs(used.encode(one)), Options(progress=False)
+        run = partial(acdc, used, runs, interp.logit_diff, within, threshold, {}, quiet)
         timed = interleaved({"batched": run, "single": partial(run, ahead=1)}, repeats)
         batched, single = timed["batched"].result, timed["single"].result
         assert batched.edges == single.edges

@@ -70,7 +70,9 @@ def jobs(name: str, model: interp.Model, pairs: interp.PromptPairs, layers: Sequ
         others = None if mode == "zero" else [*pairs.clean, *pairs.corrupted]
         plan = interp.heads(["z", "head_out"], layers=layers)
         keep(own(f"ablate {mode}"), interp.ablate(model, pairs, plan, mode, others))
-        keep(own(f"ablate mlp {mode}"), interp.ablate(model, pairs, interp.grid("mlp_out", layers=layers), mode, others))
+        keep(
+            own(f"ablate mlp {mode}"), interp.ablate(model, pairs, interp.grid("mlp_out", layers=layers), mode, others)
+        )
     traced = {"samples": 2, "window": 2, "components": ["resid_post", "mlp_out"], "layers": layers}
     keep(own("causal_trace"), interp.causal_trace(model, pairs, **traced))
     for method in ("eap", "eap-ig", "eap-ig-activations") if small else ("eap", "eap-ig"):
