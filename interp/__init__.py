@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .attribution import attribute
     from .circuits import Circuit, discover, evaluate_circuit, iterative_pruning, run_circuit
     from .collect import collect_activations
-    from .lens import direct_effects, logit_lens
+    from .direct import direct_effects
+    from .lens import logit_lens
     from .plots import plot_activation_patching_results, plot_attention, plot_circuit_graph
     from .tracing import causal_trace
 
@@ -32,7 +33,7 @@ _LATER = {
     "attribute": ".attribution",
     "causal_trace": ".tracing",
     "collect_activations": ".collect",
-    "direct_effects": ".lens",
+    "direct_effects": ".direct",
     "discover": ".circuits",
     "evaluate_circuit": ".circuits",
     "iterative_pruning": ".circuits",

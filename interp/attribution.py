@@ -100,20 +100,20 @@ def attribute(
         "by_edge": False,
     }
     budget = options.max_tokens or gradient_budget(model)
-    found = estimate(model, context, rows, metric, how, budget)
-    changes = found.changes(len(resolved.cells))
-    check_runs(metric, model, found.base, found.source)
+    estimated = estimate(model, context, rows, metric, how, budget)
+    changes = estimated.changes(len(resolved.cells))
+    check_runs(metric, model, estimated.base, estimated.source)
     check_cells(metric, model, changes, [(row.cell, row.pair) for row in rows])
-    if found.slope <= FLAT * float(np.abs(found.source - found.base).max()):
+    if estimated.slope <= FLAT * float(np.abs(estimated.source - estimated.base).max()):
         instead = "" if averaged else "method='ig', "
         warnings.warn(
             f"the gradient of {name_of(metric)} vanishes at the base run of {direction!r} (KL's "
             f"does at the clean run), so that estimates mean nothing; use {instead}another metric or direction",
             stacklevel=2,
         )
-    estimates, report = found.base + changes, None
+    estimates, report = estimated.base + changes, None
     if verify:
-        estimates, report = _verify(asked, estimates, found.base, verify, budget)
+        estimates, report = _verify(asked, estimates, estimated.base, verify, budget)
     record = provenance(
         model,
         encoded,
@@ -127,7 +127,7 @@ def attribute(
         points=list(alphas) if averaged else None,
         verification=report,
     )
-    return make_effects(asked, estimates, found.base, found.source, record)
+    return make_effects(asked, estimates, estimated.base, estimated.source, record)
 
 
 def _check_cells(model: Model, resolved: Resolved, method: str) -> None:

@@ -6,6 +6,8 @@ import operator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from .edits import Edge, Edit
 from .errors import PairsError, PlanError
 from .pairs import EncodedPairs
@@ -70,10 +72,11 @@ class Cell:
     edges: tuple[Edge, ...] = ()
     #: edges whose difference also passes through the MLPs between sender and receiver
     through_mlps: bool = False
-    #: edges that are cut, [receiver, sender] in the order of `interp.engine.edges`, or None
-    cut: Any = None
-    #: edges cut in a run that other cells share: a row branches off from it where the two first differ, or None
-    trunk: Any = None
+    #: edges that are cut, bool [receiver, sender] in the order of `interp.order`, or None
+    cut: np.ndarray | None = None
+    #: the cut edges of another run, which this cell's run equals below the first layer where the two differ: that run is made
+    #: once for all cells that name it, and each branches off from it there; or None
+    trunk: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -174,11 +174,11 @@ def collect_activations(
         return write(
             request, listed, path_of(to_disk, CheckpointError, "to_disk"), batch_tokens is None, bar_of(total, progress)
         )
-    found = (run_window(request, prompts) for prompts in windows(request, listed, bar_of(total, progress)))
+    run_windows = (run_window(request, prompts) for prompts in windows(request, listed, bar_of(total, progress)))
     several = len(sites) > 1
     if stream:
-        return (shaped(window, several, index) for window in found)
-    whole = list(found)
+        return (shaped(window, several, index) for window in run_windows)
+    whole = list(run_windows)
     if not whole:
         raise PlanError("collect_activations was given no text")
     joined = Window(

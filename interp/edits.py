@@ -26,9 +26,9 @@ FIELDS = ("layer", "kind", "op", "row", "source", "column", "source_column", "pa
 class Edit:
     """One change of one activation.
 
-    `op` is "replace" (by the source run's activation at the same site), "set" (to `value`: a number, `[feature]` of
-    the whole tensor that holds the site, all heads of it, or `[position, feature]`), "add" (`value` is added) or "scale"
-    (multiplied by the number `value`).
+    `op` is "replace" (by the source run's activation at the same site), "set" (to `value`), "add" (`value` is added) or
+    "scale" (multiplied by `value`). A value is a number; or numbers `[feature]` for the tensor that holds the site, counted
+    over all of its heads (over all parts of a view); or `[position, feature]`.
 
     Raises:
         PlanError: unknown operation, or a value missing or given where none is used.

@@ -57,8 +57,8 @@ class Effects:
             if array is None and name == "corrupted":
                 continue
             if not isinstance(array, xr.DataArray) or "pair" not in array.dims:
-                found = getattr(array, "dims", type(array).__name__)
-                raise EffectsError(f"{name} must be an xarray.DataArray with a 'pair' dimension, not {found}")
+                given = getattr(array, "dims", type(array).__name__)
+                raise EffectsError(f"{name} must be an xarray.DataArray with a 'pair' dimension, not {given}")
             if name != "values" and array.dims != ("pair",):
                 raise EffectsError(f"{name} must have the one dimension ('pair',), not {array.dims}")
             if array.sizes["pair"] != self.values.sizes["pair"]:
@@ -200,8 +200,8 @@ class Effects:
         except Exception as error:  # a damaged HDF5 file fails in as many ways as it has bytes
             raise EffectsError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         if "interp_effects" not in dataset.attrs:
-            found = ", ".join(map(str, dataset.data_vars)) or "nothing"
-            raise EffectsError(f"{path} is a NetCDF file, but not one of effects (it holds {found})")
+            given = ", ".join(map(str, dataset.data_vars)) or "nothing"
+            raise EffectsError(f"{path} is a NetCDF file, but not one of effects (it holds {given})")
         version = int(dataset.attrs["interp_effects"])
         if version > SCHEMA:
             raise EffectsError(f"{path} has schema version {version}, newer than {SCHEMA}: upgrade interp")

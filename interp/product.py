@@ -160,7 +160,7 @@ def named_components(
     if carried == {(None,)}:
         return tuple(kinds), None if layers is None else integers(layers, "layers")
     if layers is not None or len(carried) > 1:
-        at = {name_of(kind): tuple(found) for kind, found in kinds.items()}
+        at = {name_of(kind): tuple(layers_of) for kind, layers_of in kinds.items()}
         why = f"layers={layers} is given too" if layers is not None else f"they are not the same for all: {at}"
         raise PlanError(f"{what}: {texts} name layers, but {why}; use one plan for each, or sets")
     return tuple(kinds), tuple(layer for layer in next(iter(carried)) if layer is not None)

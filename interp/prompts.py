@@ -61,10 +61,10 @@ def one_prompt(what: str, given: Given) -> str | Tokens:
         return given
     if isinstance(given, Sequence) and all(isinstance(_plain(what, token), int) for token in given):
         return _ids(what, given)
-    found = list(prompts_of(what, given))
-    if len(found) != 1:
-        raise PairsError(f"{what} is {len(found)} prompts, and one prompt is wanted: give one of them")
-    return found[0]
+    prompts = list(prompts_of(what, given))
+    if len(prompts) != 1:
+        raise PairsError(f"{what} is {len(prompts)} prompts, and one prompt is wanted: give one of them")
+    return prompts[0]
 
 
 def listed(part: str, given: Given) -> Any:

@@ -167,16 +167,16 @@ class Site:
             if hook[2] not in _HOOKS:
                 raise SiteError(f"no site for hook {text!r}; known: blocks.N.{{{', '.join(_HOOKS)}}}")
             return cls(_HOOKS[hook[2]], layer=int(hook[1]))
-        found = _TEXT.match(text)
-        if not found:
+        match = _TEXT.match(text)
+        if not match:
             raise SiteError(
                 f"cannot read site {text!r}; write e.g. 'L9.H6.z@-1', 'L5.resid_pre', 'L3.H2', 'L3.mlp', "
                 "'embed', 'logits' or 'blocks.9.attn.hook_z'"
             )
         part: dict[str, Any] = {
-            key: int(found[key]) if found[key] is not None else None for key in ("layer", "head", "unit", "position")
+            key: int(match[key]) if match[key] is not None else None for key in ("layer", "head", "unit", "position")
         }
-        kind = found["bare"] or found["kind"] or ("head_out" if part["head"] is not None else None)
+        kind = match["bare"] or match["kind"] or ("head_out" if part["head"] is not None else None)
         if kind is None:
             raise SiteError(f"site {text!r} names a layer only; add a kind, e.g. '{text}.resid_pre'")
         return cls({"mlp": "mlp_out", "attn": "attn_out"}.get(kind, kind), **part)

@@ -22,7 +22,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = (
     "errors", "files", "seeds", "order", "sites", "edits", "views", "metrics", "tokens", "prompts", "encoded", "pairs",
     "cells", "product", "plan", "options", "spans", "effects", "models", "engine", "audit",
-    "shards", "methods", "circuits", "saes", "plots", "tracking", "tasks",
+    "shards", "direct", "methods", "circuits", "saes", "plots", "tracking", "tasks",
 )  # fmt: skip
 #: Methods stand beside one another and import nothing of each other.
 METHODS = ("patching", "paths", "tracing", "ablation", "attribution", "lens", "collect")
@@ -55,7 +55,6 @@ LONG = {
     "circuits/circuit.py": 400,
     "engine/edges.py": 350,
     "collect.py": 370,
-    "lens.py": 310,
 }
 
 

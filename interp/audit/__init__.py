@@ -58,15 +58,15 @@ class AuditReport:
         ]
         for kind in dict.fromkeys((*KINDS, *LAWS, *(finding.kind for finding in self.findings))):
             for what in ("read", "write", "self-patch", "padding", "law"):
-                found = [finding for finding in self.findings if (finding.kind, finding.what) == (kind, what)]
-                if not found:
+                own = [finding for finding in self.findings if (finding.kind, finding.what) == (kind, what)]
+                if not own:
                     continue
                 worst = max(
-                    finding.error / finding.tolerance if finding.tolerance else finding.error for finding in found
+                    finding.error / finding.tolerance if finding.tolerance else finding.error for finding in own
                 )
-                notes = sorted({finding.note for finding in found if finding.note})
-                verdict = "ok" if all(finding.ok for finding in found) else "FAILED"
-                layers = len({finding.layer for finding in found})
+                notes = sorted({finding.note for finding in own if finding.note})
+                verdict = "ok" if all(finding.ok for finding in own) else "FAILED"
+                layers = len({finding.layer for finding in own})
                 lines.append(
                     f"{kind:<15}{what:<12}{layers:>7}{worst:>15.3f}  {verdict}{'  note: ' + '; '.join(notes) if notes else ''}"
                 )

@@ -160,12 +160,12 @@ def check_senders(model: Model, parts: Tensor, biases: Tensor, plain: Plain) -> 
 
 
 @torch.no_grad()
-def check_heads(model: Model, found: dict[tuple[int, str], Tensor]) -> Iterator[Finding]:
+def check_heads(model: Model, read: dict[tuple[int, str], Tensor]) -> Iterator[Finding]:
     """What one head writes is what the output projection makes of its z alone, less what it makes of nothing."""
     for layer in range(model.n_layers):
-        o, z = at(Parts(model, layer).block, model.family.o), found[layer, "z"][0]  # [position, head, d_head]
+        o, z = at(Parts(model, layer).block, model.family.o), read[layer, "z"][0]  # [position, head, d_head]
         alone = torch.eye(model.n_heads, dtype=z.dtype, device=z.device)[:, None, :, None] * z
-        weight, _ = affine(o, found[layer, "z"].flatten(2))
+        weight, _ = affine(o, read[layer, "z"].flatten(2))
         by_head = weight[:, part_index(model.taps, "z").to(z.device)].to(z.dtype)  # [d_model, head, d_head]
         got = torch.einsum("phd,mhd->hpm", z, by_head)
         want = o(alone.flatten(2)) - o(torch.zeros_like(alone[:1].flatten(2)))

@@ -53,13 +53,15 @@ def probe(logits: Tensor, batch: object) -> Tensor:
 def readers_of(model: Model) -> dict[str, Place]:
     """The modules whose input is the stream as it is read at each place: a norm, or the readers where it has none."""
     family = model.family
-    found: dict[str, Place] = {}
+    place_of: dict[str, Place] = {}
     for layer in range(model.n_layers):
         block = f"{family.layers}.{layer}"
-        found |= {f"{block}.{path}": (layer, "attention") for path in ([family.norm1] if family.norm1 else family.qkv)}
+        place_of |= {
+            f"{block}.{path}": (layer, "attention") for path in ([family.norm1] if family.norm1 else family.qkv)
+        }
         if family.norm2 != family.norm1 or not family.norm1:
-            found[f"{block}.{family.norm2 or family.mlp}"] = (layer, "mlp")
-    return {**found, family.norm: (model.n_layers, "logits")}
+            place_of[f"{block}.{family.norm2 or family.mlp}"] = (layer, "mlp")
+    return {**place_of, family.norm: (model.n_layers, "logits")}
 
 
 @contextmanager

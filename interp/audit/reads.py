@@ -22,18 +22,18 @@ def read_all(model: Model, prompt: Sequence[int]) -> tuple[dict[str, Any], list[
     Also the kinds that could be read, and a finding on heads' outputs where an output projection is no affine map.
     """
     kinds = kinds_of(model)
-    found: list[Finding] = []
+    findings: list[Finding] = []
 
     def run() -> dict[str, Any]:
         reads = [(layer, kind) for layer in range(model.n_layers) for kind in (*kinds, "value", "mlp_in")]
         return read(model, [prompt], [*reads, (-1, "embed")])
 
     try:
-        return run(), kinds, found
+        return run(), kinds, findings
     except AuditError as error:
-        found.append(Finding("head_out", "read", 0, float("inf"), 0.0, str(error)))
+        findings.append(Finding("head_out", "read", 0, float("inf"), 0.0, str(error)))
         kinds.remove("head_out")
-        return run(), kinds, found
+        return run(), kinds, findings
 
 
 @torch.no_grad()

@@ -181,7 +181,9 @@ class Trial:
                     weight = self.get("pattern", None)[:, -reach:, :, self.place].transpose(1, 2)
                     yield self.expect(kind, moved[:, :, -reach:], weight[..., None] * step, beside=[z])
                 continue
-            if kind.startswith("q"):  # a query is used at its own position alone; if it is a key, so is the key a query
+            if kind.startswith(
+                "q"
+            ):  # a query acts at its own position alone; where it acts later, the row has q and k exchanged
                 later = moved[:, self.place + 1 :]
                 for one in (kind, kind.replace("q", "k")):
                     yield self.expect(one, later, torch.zeros_like(later), beside=[z])

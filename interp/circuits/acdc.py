@@ -71,8 +71,8 @@ def acdc(
             if not expected[-1]:
                 mask = tried[-1]
                 alive = on_paths(facts, mask) if alive[edge] else alive
-        found = masks.run(tried, quiet, trunk=kept if len(batch) > 2 else None)
-        return found.values.mean("pair").values.tolist(), expected
+        effects = masks.run(tried, quiet, trunk=kept if len(batch) > 2 else None)
+        return effects.values.mean("pair").values.tolist(), expected
 
     resolved = Resolved((), (Cell((0,), cut=kept.T.copy()),), {})
     asked = Experiment(model, runs, resolved, metric, "acdc", details={"threshold": threshold})

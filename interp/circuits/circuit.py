@@ -135,8 +135,8 @@ class Circuit:
     def _items(self) -> Items:
         """What carries scores, in forward order: edges, or at level "node" heads, MLPs, a scored embed."""
         if self.level == "edge":
-            found = [(e[:2], e[2].get("score")) for e in self.graph.edges(data=True) if e[2]["kind"] == "edge"]
-            return dict(sorted(found, key=lambda item: (order(item[0][0]), order(item[0][1]))))
+            edges_in = [(e[:2], e[2].get("score")) for e in self.graph.edges(data=True) if e[2]["kind"] == "edge"]
+            return dict(sorted(edges_in, key=lambda item: (order(item[0][0]), order(item[0][1]))))
         kept = [site for site in sorted(self.graph, key=order) if site.facts.sends]
         scored = {site: self.graph.nodes[site].get("score") for site in kept}
         return {site: score for site, score in scored.items() if site != EMBED or score is not None}
@@ -145,8 +145,8 @@ class Circuit:
     def _edges(self) -> list[Link]:
         if self.level == "edge":
             return list(self._items)
-        found = [(s, r) for s, r, kind in self.graph.edges(data="kind") if kind == "edge"]
-        return sorted(found, key=lambda edge: (order(edge[0]), order(edge[1])))
+        edges_in = [(s, r) for s, r, kind in self.graph.edges(data="kind") if kind == "edge"]
+        return sorted(edges_in, key=lambda edge: (order(edge[0]), order(edge[1])))
 
     @property
     def edges(self) -> list[tuple[str, str]]:
@@ -327,8 +327,8 @@ class Circuit:
 
     def _like(self, other: Circuit) -> Circuit:
         if not isinstance(other, Circuit) or other.level != self.level:
-            found = f"one of {other.level}s" if isinstance(other, Circuit) else type(other).__name__
-            raise CircuitError(f"a circuit of {self.level}s can be combined with its like, not with {found}")
+            edges_in = f"one of {other.level}s" if isinstance(other, Circuit) else type(other).__name__
+            raise CircuitError(f"a circuit of {self.level}s can be combined with its like, not with {edges_in}")
         if self.facts and other.facts and self.facts != other.facts:
             raise CircuitError(f"circuits of two models: {self.facts}, and {other.facts}")
         return other

@@ -125,10 +125,10 @@ def _eap(site: Site) -> str:
 
 
 def _from_eap(name: str) -> Site:
-    found = _NODE.match(name)
-    if not found:
+    match = _NODE.match(name)
+    if not match:
         raise CircuitError(f"{name!r} is no node of EAP-IG: they are input, a0.h1, a0.h1<q>, m0 and logits")
-    layer, head, mlp, slot = found.groups()
+    layer, head, mlp, slot = match.groups()
     if layer is not None:
         return Site(slot or "head_out", int(layer), int(head))
     return Site("mlp_out", int(mlp)) if mlp is not None else {"input": EMBED, "logits": LOGITS}[name]

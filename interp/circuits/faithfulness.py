@@ -210,8 +210,8 @@ def _intervals(
     drawn = np.random.default_rng(seed).integers(0, pairs, size=(samples, pairs))
     base = empty[drawn].mean(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = (rows[:, drawn].mean(2) - base) / (full[drawn].mean(1) - base)
-    low, high = np.nanpercentile(found, [2.5, 97.5], axis=1)
+        drawn_scores = (rows[:, drawn].mean(2) - base) / (full[drawn].mean(1) - base)
+    low, high = np.nanpercentile(drawn_scores, [2.5, 97.5], axis=1)
     return low, high
 
 

@@ -51,22 +51,22 @@ def matrix_edges(scores: Array, mask: Array | None, facts: Facts) -> dict[Link, 
 def named_edges(edges: Mapping[Item, float | None] | Iterable[tuple[Item, Item]]) -> dict[Link, float | None]:
     """Edges by Site from edges by name, with scores or without. CircuitError: no such nodes."""
     scored: Mapping[Item, float | None] = edges if isinstance(edges, Mapping) else dict.fromkeys(edges)
-    found: dict[Link, float | None] = {}
+    named: dict[Link, float | None] = {}
     for edge, score in scored.items():
         if not isinstance(edge, tuple) or len(edge) != 2:
             raise CircuitError(f"an edge is a pair (sender, receiver), not {edge!r}")
-        found[node(edge[0]), node(edge[1])] = score
-    return found
+        named[node(edge[0]), node(edge[1])] = score
+    return named
 
 
 def named_nodes(nodes: Mapping[Item, float | None] | Iterable[Item]) -> dict[Site, float | None]:
     """Nodes by Site from names or (layer, head), with scores or without. CircuitError: no such nodes."""
     scored: Mapping[Item, float | None] = nodes if isinstance(nodes, Mapping) else dict.fromkeys(nodes)
-    found: dict[Site, float | None] = {}
+    named: dict[Site, float | None] = {}
     for name, score in scored.items():
         head = isinstance(name, tuple) and len(name) == 2
-        found[node(f"L{name[0]}.H{name[1]}" if head else name)] = score
-    return found
+        named[node(f"L{name[0]}.H{name[1]}" if head else name)] = score
+    return named
 
 
 def edge_graph(edges: Mapping[Link, float | None], facts: Facts) -> nx.DiGraph:
@@ -133,12 +133,12 @@ def widest_paths(graph: nx.DiGraph, to: Site, k: int) -> list[tuple[tuple[Site, 
         if site == EMBED:
             continue
         own = abs(graph.nodes[site].get("score", math.inf))
-        found = [
+        named = [
             (min(width, own, abs(data.get("score", math.inf))), (*path, site))
             for before, _, data in graph.in_edges(site, data=True)
             for width, path in best.get(before, ())
         ]
-        best[site] = heapq.nlargest(k, found, key=lambda item: item[0])
+        best[site] = heapq.nlargest(k, named, key=lambda item: item[0])
     return [(path, width) for width, path in best.get(to, ())]
 
 

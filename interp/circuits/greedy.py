@@ -38,8 +38,8 @@ class Log:
 
     def next(self) -> float | None:
         """The next one that is known, or None."""
-        found = next(self._known, None)
-        return None if found is None else float(found[0])
+        logged = next(self._known, None)
+        return None if logged is None else float(logged[0])
 
     def add(self, value: float) -> None:
         """Keep one more. CheckpointError: it cannot be written."""
@@ -97,8 +97,9 @@ class Search:
     def in_turn(self, candidates: Sequence[Candidate], current: float) -> Iterator[tuple[Candidate, float, float]]:
         """(candidate, change, metric) of each removal on top of all earlier ones; `current` is the metric before the first.
 
-        A batch holds up to the first candidate whose fate was another than its rows assumed; those behind it are tried
-        again, so what comes out is that of one at a time whatever the batch.
+        A row of a batch has those before it removed that are expected to go. Behind the first of them whose fate was another,
+        rows have answered a question that is not asked: they are thrown away and tried again. So what comes out is that of
+        one at a time, whatever the batch.
         """
         done, size = 0, min(8, self.most)
         while done < len(candidates) and (known := self.log.next()) is not None:

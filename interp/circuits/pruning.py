@@ -118,8 +118,8 @@ class _Pruning:
         cells = tuple(Cell((i,), edits=each) for i, each in enumerate(edits))
         resolved = Resolved((("circuit", tuple(range(len(sets)))),), cells, {"pruning": len(self.dropped)})
         quiet = Options(max_tokens=self.options.max_tokens, progress=False)
-        found = run_cells(replace(self.asked, resolved=resolved), quiet)
-        return found.values.mean("pair").values.tolist(), float(found.clean.mean())
+        effects = run_cells(replace(self.asked, resolved=resolved), quiet)
+        return effects.values.mean("pair").values.tolist(), float(effects.clean.mean())
 
     def attempt(self, batch: Sequence[Site]) -> tuple[list[float], list[bool]]:
         """The metric with each node of a batch dropped, those before it too that are expected to go."""

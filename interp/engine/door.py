@@ -117,7 +117,9 @@ def send_all(model: Model, work: Work[P], put: Callable[[P, Any], None]) -> None
         sent = list(waiting)[:count]
         said, prepared = send(model, work, sent, done)
         if said is None:
-            count *= 4  # a server whose requests fail as a whole then repeats little
+            count *= (
+                4  # all went well: more at once again; few before, since a server that fails repeats all that was sent
+            )
             continue
         gc.collect()
         if torch.cuda.is_initialized():

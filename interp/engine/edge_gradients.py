@@ -102,8 +102,8 @@ def combine(model: Envoy, taps: Taps, program: Program, tape: Tape, gradients: d
         return x[torch.cat([base, source]).to(x.device)]
 
     def put(first: int, read: Tensor) -> None:
-        found = torch.einsum("bsm,brm->brs", changes[:, :written].flatten(2), read.to(changes.device).flatten(2))
-        out[:, first : first + read.shape[1], :written] = found.float().cpu()
+        scores = torch.einsum("bsm,brm->brs", changes[:, :written].flatten(2), read.to(changes.device).flatten(2))
+        out[:, first : first + read.shape[1], :written] = scores.float().cpu()
 
     record(streams(0, "resid_pre").unsqueeze(1))
     for layer in range(end):

@@ -185,7 +185,8 @@ class Edges:
             self.parts.append(parts)
         if block is not None and isinstance(self.spec["reference"], str):
             added = bias_contribution(self.taps, block, x)
-            # a bias behind a norm belongs to no sender and differs between runs: their streams differ by more than senders
+            # behind a norm a bias is scaled by each run's own norm: no sender's, and not the same in both runs, so that with
+            # all edges cut the read is still not the source run's
             self.whole &= added is None or not self.taps["post_attn"]
             self.biases.append(x.new_zeros(len(x), 1, parts.shape[-1]) if added is None else added)
 

@@ -180,16 +180,16 @@ def answer_logits(model: Envoy, run: Run) -> Tensor:
     return logits
 
 
-def forward(model: Envoy, run: Run, metric: Callable[..., Tensor] | None, found: dict[str, Any]) -> None:
+def forward(model: Envoy, run: Run, metric: Callable[..., Tensor] | None, result: dict[str, Any]) -> None:
     """Run one program inside an open trace, into `found`: metric `[scored]` in fp32, logits, reads {site: activation}."""
-    found["reads"] = run.kept
+    result["reads"] = run.kept
     walk(model, run)
     if "readout" in run.program:
-        found.update({"reads": {}, **readout(model, run)})
+        result.update({"reads": {}, **readout(model, run)})
     elif run.program["last"] is None:
         logits = answer_logits(model, run)
         if run.tape is not None:
             run.tape.logits = logits
-        found["metric"] = score(metric, logits, run.program) if metric is not None else None
+        result["metric"] = score(metric, logits, run.program) if metric is not None else None
         if run.program["want_logits"]:
-            found["logits"] = logits
+            result["logits"] = logits

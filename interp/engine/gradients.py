@@ -50,10 +50,10 @@ class Tape:
 def backward(tape: Tape, total: Tensor, sites: list[Place], retain: bool) -> dict[Place, Tensor]:
     """d total / d activation of every site; zero where the total does not depend on it."""
     live = [tape.live[site] for site in sites]
-    found = torch.autograd.grad(total, live, allow_unused=True, retain_graph=retain)
+    by_site = torch.autograd.grad(total, live, allow_unused=True, retain_graph=retain)
     return {
         site: torch.zeros_like(tape.value[site]) if gradient is None else gradient.reshape(tape.value[site].shape)
-        for site, gradient in zip(sites, found, strict=True)
+        for site, gradient in zip(sites, by_site, strict=True)
     }
 
 

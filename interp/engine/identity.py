@@ -86,8 +86,8 @@ def weights_digest(module: torch.nn.Module) -> str:
         part = bits[:whole]
         part = part if part.storage_offset() % 8 == 0 else part.clone()
         blocks = part.view(torch.int64).view(-1, _BLOCK)
-        for found in (blocks.sum(0), blocks.sum(1), bits[whole:]):
-            digest.update(found.cpu().numpy().tobytes())
+        for sums in (blocks.sum(0), blocks.sum(1), bits[whole:]):
+            digest.update(sums.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

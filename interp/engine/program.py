@@ -26,8 +26,9 @@ class Program(TypedDict, total=False):
     """One forward pass. Columns count from the first position that is run; -1 and None stand for "none"."""
 
     inputs: Inputs
-    origin: Tensor  # [grown] row that each grown row copies, there before it
-    stage: Tensor  # [grown] the layer at which it joins, ascending
+    # rows that join on the way: [joining] the row that each is a copy of until then, and the layer at which it joins, ascending
+    origin: Tensor
+    stage: Tensor
     edits: Tensor  # the table of `interp.edits`
     values: dict[Place, Tensor]  # {(layer, kind): [value, position or 1, feature]} constants for "set", "add", "scale"
     views: dict[str, Seen]  # the views that edits and reads name besides the kinds of sites

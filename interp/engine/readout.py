@@ -31,14 +31,14 @@ def readout(model: Envoy, run: Run) -> dict[str, Any]:
         return lens(model, run, spec)
     if spec["kind"] == "direct":
         return direct(model, run, spec)
-    found: dict[tuple[int, str], Tensor] = {}
+    reads: dict[tuple[int, str], Tensor] = {}
     for site, value in run.kept.items():
         chosen = value[spec["rows"].to(value.device), spec["columns"].to(value.device)]
         if spec["kind"] == "sums":
             total = chosen.new_zeros(spec["places"], *chosen.shape[1:], dtype=torch.float32)
             chosen = total.index_add_(0, spec["place"].to(value.device), chosen.float())
-        found[site] = chosen
-    return {"reads": found}
+        reads[site] = chosen
+    return {"reads": reads}
 
 
 def lens_rows(run: Run, hidden: Tensor) -> Tensor:

@@ -165,10 +165,10 @@ class Shipped:
         finished = 0
         for group in requests(programs, self.limit):
             part = [programs[number] for number in group]
-            found = self._call(model, function, (model.taps, part, metric))
-            if isinstance(found, torch.Tensor):  # one number for each scored row, behind one another
-                found = found.split([len(program["scored"]) for program in part])
-            for number, result in zip(group, found, strict=True):
+            answer = self._call(model, function, (model.taps, part, metric))
+            if isinstance(answer, torch.Tensor):  # one number for each scored row, behind one another
+                answer = answer.split([len(program["scored"]) for program in part])
+            for number, result in zip(group, answer, strict=True):
                 if number >= finished:  # else a prepared run, done again
                     done(number, result)
             finished = group[-1] + 1

@@ -61,8 +61,8 @@ class RowsAlone:
     """
 
     def __init__(self, model: Envoy, taps: Taps) -> None:
-        found = [at(model, path) for path in taps["rotary"]]
-        self.modules = [getattr(one, "_module", one) for one in found]
+        embeddings = [at(model, path) for path in taps["rotary"]]
+        self.modules = [getattr(one, "_module", one) for one in embeddings]
 
     def __enter__(self) -> None:
         self.state = [(dict(vars(module)), dict(module._buffers)) for module in self.modules]

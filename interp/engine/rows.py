@@ -61,7 +61,9 @@ class Row:
     entries: tuple[Entry, ...]
     edges: tuple[Changed, ...] = ()
     helper: Row | None = None
-    cut: int = -1  # which mask of edges is cut; its helper is then the run that it branches off from
+    #: which of the context's masks of cut edges applies, -1 for none; where there is one, `helper` is the run that this row
+    #: is a copy of below its stage
+    cut: int = -1
 
 
 class Ends(NamedTuple):
@@ -71,7 +73,7 @@ class Ends(NamedTuple):
     base: int
     source: int
     answer: int  # in the base run, from the end of its prompt
-    other: int  # in the source run: it must be run as well
+    other: int  # where the source run's answer is read, from the end of its prompt: no pass may begin behind it
     differs: int  # 0 where that is not known
     prune: bool  # whether what cannot reach the answer is left out
     known: bool  # whether the first difference is known, and may be used
@@ -150,7 +152,8 @@ def columns_of(place: Place, ends: Ends, known: int, context: Context) -> list[t
     if columns is None:
         return None
     columns = columns[::-1] if context.runs.direction == "denoising" else columns
-    # below the first difference a position is the same in both runs, but not as another one
+    # before the first difference both runs hold the same at one position, so that taking it over changes nothing; taken to
+    # another position it does
     return [(to, of) for to, of in zip(*columns, strict=True) if to >= known or of != to]
 
 
@@ -163,6 +166,7 @@ def edit_entries(edit: Edit, columns: Iterable[tuple[int, int]], context: Contex
 
 def cut_row(cell: Cell, number: int, ends: Ends, context: Context) -> Row:
     """The row of a cell whose edges are cut; it branches off from the run of the edges that others share, where it has one."""
+    assert cell.cut is not None
     counterfactual = isinstance(context.reference, str) and context.reference == "source" and ends.known
     start = (ends.differs if counterfactual else 0) - ends.base
     stage, trunk = cut_stage(cell.cut, context.order), None

@@ -26,7 +26,8 @@ from .rows import Row, step_rows
 from .schedule import pack_pairs
 from .trace import execute_gradients
 
-#: A gradient by the logits below this fraction of the metric's change from base to source is rounding.
+#: Where the metric's gradient by the logits is less than this fraction of its change between the two runs, it is zero but for
+#: rounding, and nothing can be estimated from it.
 FLAT = 1e-4
 
 
@@ -142,7 +143,9 @@ class Estimates:
 def grad_drop(estimates: np.ndarray) -> float:
     """One number from the plain estimate and those with a layer dropped `[1 + dropped]` (GradDrop).
 
-    Its size is their mean size, over one layer less because a node's own layer hides it; its sign is the plain one's.
+    A dropped estimate leaves out what comes back through one layer, so that what two paths cancel shows. Its size is the mean
+    size of the dropped ones, divided by one less than there are: with its own layer dropped nothing of a node is left. Its
+    sign is the plain estimate's, or that of their sum where it is zero.
     """
     plain, dropped = estimates[0], estimates[1:]
     if not len(dropped):

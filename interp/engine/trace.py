@@ -71,20 +71,20 @@ def execute(
         if run.cache is not None:
             inputs = {**inputs, "past_key_values": run.cache, "use_cache": True}
         with RowsAlone(model, taps), torch.no_grad(), model.trace(**inputs) as tracer:
-            found = nnsight.save({})
-            forward(model, run, metric, found)
+            result = nnsight.save({})
+            forward(model, run, metric, result)
             if program["last"] is not None:
                 tracer.stop()
         if keep is not None:
             prepared = {
                 "cache": program["cache"],
                 "past": [(layer.keys, layer.values) for layer in run.cache.layers] if run.cache is not None else [],
-                "stream": {layer: found["reads"].pop((layer, "resid_pre")) for layer in keep},
+                "stream": {layer: result["reads"].pop((layer, "resid_pre")) for layer in keep},
             }
         if done is None:
-            results.append(found)
+            results.append(result)
         else:
-            done(index, found)
+            done(index, result)
     return results
 
 
@@ -103,20 +103,20 @@ def execute_gradients(
         run.tape = Tape(wanted)
         run.want(*wanted)
         with RowsAlone(model, taps), torch.enable_grad(), model.trace(**program["inputs"]):
-            found = nnsight.save({})
-            forward(model, run, metric, found)
+            result = nnsight.save({})
+            forward(model, run, metric, result)
             if by_edge:
-                total = found["metric"][program["gradient"].flatten().to(found["metric"].device)].sum()
-                found["edges"] = edge_scores(model, taps, program, run.tape, total)
+                total = result["metric"][program["gradient"].flatten().to(result["metric"].device)].sum()
+                result["edges"] = edge_scores(model, taps, program, run.tape, total)
             else:
-                found["slope"] = slope(program, run.tape, found["metric"])
-                found["attributions"] = attributions(model, taps, program, run.tape, found["metric"])
-            found["metric"] = found["metric"].detach()
-            found["reads"] = {}
+                result["slope"] = slope(program, run.tape, result["metric"])
+                result["attributions"] = attributions(model, taps, program, run.tape, result["metric"])
+            result["metric"] = result["metric"].detach()
+            result["reads"] = {}
         if done is None:
-            results.append(found)
+            results.append(result)
         else:
-            done(index, found)
+            done(index, result)
     return results
 
 
@@ -125,8 +125,8 @@ def scores(
 ) -> Tensor | list[Found]:
     """The metric of every program behind one another `[scored, of all]`: all that need come back from a server."""
     if done is not None:
-        return execute(model, taps, programs, metric, lambda index, found: done(index, found["metric"]))
-    return torch.cat([found["metric"].cpu() for found in execute(model, taps, programs, metric)])
+        return execute(model, taps, programs, metric, lambda index, result: done(index, result["metric"]))
+    return torch.cat([result["metric"].cpu() for result in execute(model, taps, programs, metric)])
 
 
 def contributions(

@@ -49,24 +49,24 @@ def check_metric(
     trial, rows = _Trial(metric, encoded, d_vocab, gradient), range(ROWS)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.no_grad():
         with torch.set_grad_enabled(gradient):
-            found = trial(rows)
-        scale, state = float(found.abs().max()), torch.get_rng_state()
+            scores = trial(rows)
+        scale, state = float(scores.abs().max()), torch.get_rng_state()
         again = trial(rows)
-        if not _close(again, found, SAME * scale) or not torch.equal(torch.get_rng_state(), state):
-            row = int((again - found).abs().argmax())
+        if not _close(again, scores, SAME * scale) or not torch.equal(torch.get_rng_state(), state):
+            row = int((again - scores).abs().argmax())
             raise MetricError(
-                f"metric {trial.name} is random: for the same logits it gives {found[row]:.6g} and then {again[row]:.6g}, or may "
-                "the next time; draw what is random once, outside of the metric"
+                f"metric {trial.name} is random: for the same logits it gives {scores[row]:.6g} and then {again[row]:.6g}, "
+                "or may the next time; draw what is random once, outside of the metric"
             )
         for row in rows:  # beside copies of itself a row is alone, in a batch of the same shape
             alone = trial([row] * ROWS)
-            _own(trial.name, row, found[row], alone[row], SAME * scale)
+            _own(trial.name, row, scores[row], alone[row], SAME * scale)
             for number in alone:
-                _own(trial.name, row, found[row], number, OTHER_SHAPE * scale)
-        _own(trial.name, 0, found[0], trial([0])[0], OTHER_SHAPE * scale)
+                _own(trial.name, row, scores[row], number, OTHER_SHAPE * scale)
+        _own(trial.name, 0, scores[0], trial([0])[0], OTHER_SHAPE * scale)
         generator = torch.Generator().manual_seed(1)
         noise = [1 + rounding_of(dtype) * torch.randn(ROWS, d_vocab, generator=generator) for _ in range(DRAWS)]
-        changes = torch.stack([(trial(rows, factor) - found).abs() for factor in noise])
+        changes = torch.stack([(trial(rows, factor) - scores).abs() for factor in noise])
         return float(changes.max(0).values.min())
 
 

@@ -57,15 +57,15 @@ def _find(row: Bundled) -> list[Path] | None:
 
     The packages are never imported: their code wants libraries that are of no use here.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     for module, pattern in row.files:
         spec = importlib.util.find_spec(module)
         places = (spec.submodule_search_locations if spec else None) or ()
         matches = [file for place in places for file in Path(place).glob(pattern)]
         if len(matches) != 1:
             return None
-        found += matches
-    return found
+        paths += matches
+    return paths
 
 
 def _install(row: Bundled) -> None:
@@ -115,9 +115,9 @@ def convert(row: Bundled, home: Path, progress: bool) -> None:
                 for part in parts:
                     with part.open("rb") as piece:
                         shutil.copyfileobj(piece, whole, 2**20)
-        if (found := _sha256(source)) != row.sha256:
+        if (paths := _sha256(source)) != row.sha256:
             raise ModelNotFoundError(
-                f"the weights of {row.name!r} in {parts[0].parent} have sha256 {found}, expected {row.sha256}; {again}"
+                f"the weights of {row.name!r} in {parts[0].parent} have sha256 {paths}, expected {row.sha256}; {again}"
             )
         started = time.monotonic()
         if progress:

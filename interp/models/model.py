@@ -86,8 +86,8 @@ class Model:
     def n_positions(self) -> int | None:
         """Tokens that a prompt may have, where each position has an embedding of its own; None where there is no such end."""
         config = self.hf.config.get_text_config()
-        found = getattr(config, self.family.positions, None) if self.family.positions else None
-        return None if found is None else int(found)
+        limit = getattr(config, self.family.positions, None) if self.family.positions else None
+        return None if limit is None else int(limit)
 
     @property
     def parallel(self) -> bool:

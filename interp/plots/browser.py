@@ -48,15 +48,15 @@ class Browser:
         self._buffer, self._id, self._session, self._patience = b"", 0, None, PATIENCE
 
     def __enter__(self) -> Browser:
-        found = find_chromium()
-        if found is None:
+        executable = find_chromium()
+        if executable is None:
             raise PlotError(
                 "a PNG needs headless Chromium, and none was found: install Chromium or Chrome "
                 f"({', '.join(BROWSERS)}), or set INTERP_CHROMIUM to its path, or save as .html"
             )
         if sys.platform == "win32":
             raise PlotError("a PNG can be made on Linux and macOS only: save as .html and print the page")
-        self._name = found
+        self._name = executable
         with ExitStack() as undo:
             folder = undo.enter_context(TemporaryDirectory(prefix="interp-browser-", ignore_cleanup_errors=True))
             self._log = Path(folder, "log")

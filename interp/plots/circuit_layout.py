@@ -116,8 +116,8 @@ class Layout:
             pull = 0.45 * (y1 - y0)
             climbs = abs(x1 - x0) < 0.5 and y1 - y0 > 1 and None not in (edge.start.layer, end.layer)
             bow = min(0.75, 34 / self.across) if climbs else 0.0
-            for found, points in ((xs, (x0, x0 + bow, x1 + bow, x1)), (ys, (y0, y0 + pull, y1 - pull, y1))):
-                found += [[np.nan], sum(w * p for w, p in zip(weights, points, strict=True))]
+            for drawn, points in ((xs, (x0, x0 + bow, x1 + bow, x1)), (ys, (y0, y0 + pull, y1 - pull, y1))):
+                drawn += [[np.nan], sum(w * p for w, p in zip(weights, points, strict=True))]
         return np.concatenate(xs[1:]), np.concatenate(ys[1:])
 
 
@@ -126,7 +126,7 @@ def drawn_edges(circuit: Circuit, limit: int) -> list[Drawn]:
 
     At level "node" there is one between two components, and its rank is that of the weaker end.
     """
-    found: list[Drawn] = []
+    drawn: list[Drawn] = []
     if circuit.level == "edge":
         scores = circuit.scores()
         names = [name for name, _ in circuit.ranking()] + [e for e in circuit.edges if e not in scores]
@@ -134,8 +134,8 @@ def drawn_edges(circuit: Circuit, limit: int) -> list[Drawn]:
             sender, receiver = Site.parse(start), Site.parse(end)
             slot = receiver.kind if is_input(receiver) else ""
             ends = tuple(circuit.graph.successors(receiver)) if slot else (receiver,)
-            found.append(Drawn(sender, ends, slot, f"{start} → {end}", scores.get((start, end)), rank))
-        return found[::-1]
+            drawn.append(Drawn(sender, ends, slot, f"{start} → {end}", scores.get((start, end)), rank))
+        return drawn[::-1]
     ranks, graph = {name: i for i, name in enumerate(node_names(circuit))}, circuit.graph
     pairs: dict[tuple[Site, Site], None] = {}
     for start, end, kind in graph.edges(data="kind"):
@@ -144,8 +144,8 @@ def drawn_edges(circuit: Circuit, limit: int) -> list[Drawn]:
             pairs |= dict.fromkeys((start, e) for e in ends)
     for start, end in pairs:
         rank = max(ranks.get(start.node, -1), ranks.get(end.node, -1))
-        found.append(Drawn(start, (end,), "", f"{start.node} → {end.node}", None, rank))
-    return sorted(found, key=lambda edge: edge.rank)[:limit][::-1]
+        drawn.append(Drawn(start, (end,), "", f"{start.node} → {end.node}", None, rank))
+    return sorted(drawn, key=lambda edge: edge.rank)[:limit][::-1]
 
 
 def node_names(circuit: Circuit) -> list[str]:

@@ -18,12 +18,12 @@ def numbers(what: str, given: object) -> np.ndarray:
     """
     try:
         given = [_plain(part) for part in given] if isinstance(given, list | tuple) else _plain(given)
-        found = np.asarray(given)
+        array = np.asarray(given)
     except Exception as error:  # ragged lists, and tensors that have no data to copy
         raise PlotError(f"{what} holds no numbers to draw ({type(given).__name__}): {error}") from None
-    if found.dtype.kind not in "fiub":
-        raise PlotError(f"{what} holds no numbers to draw, but {type(given).__name__} of {found.dtype}")
-    return np.array(found, dtype=np.float32)
+    if array.dtype.kind not in "fiub":
+        raise PlotError(f"{what} holds no numbers to draw, but {type(given).__name__} of {array.dtype}")
+    return np.array(array, dtype=np.float32)
 
 
 def whole(what: str, given: object) -> int:

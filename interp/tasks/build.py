@@ -140,10 +140,12 @@ def at_least_one(n: int) -> None:
         raise TaskError(f"n={n} pairs cannot be built; ask for n=1 or more")
 
 
-def too_few(what: str, found: int, n: int) -> TaskError:
+def too_few(what: str, fitting_words: int, n: int) -> TaskError:
     """The error for a task that ran out of distinct pairs."""
-    remedy = f"ask for n={found} or fewer" if found else "use another task, or write PromptPairs of your own"
-    return TaskError(f"{what} has {found} distinct aligned pairs for this tokenizer, not n={n}; {remedy}")
+    remedy = (
+        f"ask for n={fitting_words} or fewer" if fitting_words else "use another task, or write PromptPairs of your own"
+    )
+    return TaskError(f"{what} has {fitting_words} distinct aligned pairs for this tokenizer, not n={n}; {remedy}")
 
 
 def to_pairs(name: str, rows: Sequence[Row]) -> PromptPairs:
