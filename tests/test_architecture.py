@@ -16,6 +16,8 @@ import pytest
 
 import interp
 
+from .tools.house_counts import House
+
 ROOT = Path(interp.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 #: Rooms from the first to the last: a module imports from rooms that stand before its own.
@@ -24,13 +26,14 @@ ROOMS = (
     "cells", "product", "plan", "options", "spans", "effects", "models", "engine", "audit",
     "shards", "direct", "methods", "circuits", "saes", "plots", "tracking", "tasks",
 )  # fmt: skip
+#: What `tests/tools/house_counts.py` counts, at most.
+COMPARISONS, LINES, ARGUMENTS, ANYS = 25, 60, 10, 257
 #: Methods stand beside one another and import nothing of each other.
 METHODS = ("patching", "paths", "tracing", "ablation", "attribution", "lens", "collect")
 #: Imports from a later room, inside a function, each with its reason.
 BACKWARD = {
     ("models/loading.py", "engine"): "load_model makes a backend, which needs a model",
-    ("models/model.py", "audit"): "a model audits itself, through the engine",
-    ("models/loading.py", "audit"): "load_model checks the model that it has made, through the engine",
+    ("models/loading.py", "audit"): "load_model checks the model that it has made, and gives it its audit",
 }
 #: What is sent to a server by source, and what else such a file may import. Six files at first; the engine's
 #: part has become several.
@@ -218,6 +221,31 @@ def test_public_names() -> None:
 
 def test_every_lazy_name_is_public() -> None:
     assert set(interp._LATER) <= set(interp.__all__)
+
+
+def test_kinds_of_sites_are_told_apart_by_their_table() -> None:
+    """What must hold of each kind is the audit's to say, by name; everybody else asks the table."""
+    found = House(ROOT).comparisons()
+    assert len(found) <= COMPARISONS and {place.split("/")[0] for place in found} <= {"audit"}, "\n".join(found)
+
+
+def test_functions_and_argument_lists_are_short() -> None:
+    house = House(ROOT)
+    assert not house.longest(LINES) and not house.arguments(ARGUMENTS), house.longest(LINES) | house.arguments(
+        ARGUMENTS
+    )
+
+
+def test_few_types_are_left_open() -> None:
+    assert House(ROOT).anys() <= ANYS
+
+
+def test_no_file_imports_one_that_imports_it() -> None:
+    assert House(ROOT).circles() == []
+
+
+def test_the_door_alone_calls_a_backend() -> None:
+    assert [place.split(":")[0] for place in House(ROOT).backend_calls()] == ["engine/door.py"]
 
 
 def test_values_are_frozen() -> None:

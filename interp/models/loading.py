@@ -68,6 +68,7 @@ def load_model(
     """
     from transformers import ProcessorMixin
 
+    from ..audit import audit, check_reads
     from ..engine.backends import Local, make_backend
 
     if isinstance(tokenizer, ProcessorMixin):  # of a vision model: it would take a prompt for a picture
@@ -111,10 +112,8 @@ def load_model(
         known = tokenizer or ids_only(int(hf.config.get_text_config().vocab_size))
         nn = wrapped(hf, tokenizer=known, task="text-generation")
     taps, revision = make_taps(hf, family), revision or commit
-    loaded = Model(name, hf, nn, tokenizer, family, taps, backend, prefix or "", revision, note)
+    loaded = Model(name, hf, nn, tokenizer, family, taps, backend, prefix or "", revision, note, audit)
     if check and isinstance(backend, Local):
-        from ..audit import check_reads
-
         check_reads(loaded)
     return loaded
 

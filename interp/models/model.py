@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
@@ -44,6 +45,8 @@ class Model:
     prefix: str = ""
     revision: str = ""
     note: str = ""
+    #: what audits it: given by `load_model`, since an audit runs the engine, which needs models
+    auditor: Callable[..., AuditReport] | None = None
     #: sites refused because an audit showed them to be wrong: {kind: reason}
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -226,9 +229,8 @@ class Model:
 
     def audit(self, **options: Any) -> AuditReport:
         """Prove every tap of this model, read and write; a site that fails is refused from then on. See `interp.audit`."""
-        from ..audit import audit
-
-        return audit(self, **options)
+        assert self.auditor is not None, "made by load_model"
+        return self.auditor(self, **options)
 
     def __repr__(self) -> str:
         grouped = f" over {self.n_kv_heads} kv heads" if self.n_kv_heads != self.n_heads else ""
