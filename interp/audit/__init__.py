@@ -5,74 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from ..errors import AuditError, InterpError
+from ..findings import AuditReport, Finding
 from ..models.model import Model
 from ..models.steady import steady
-from ..sites import KINDS
 from ..views import View
-from .laws import LAWS, check_laws
-from .parts import Finding
+from .laws import check_laws
 from .plain import plain_run
 from .reads import check_reads as _read_findings
 from .reads import read_all
 from .runs import check_embed, check_identity, check_padding
 from .views import check_views
 from .writes import check_writes
-
-
-@dataclass(frozen=True)
-class AuditReport:
-    """What an audit found. `ok`, `failed` ({kind: reason}), `findings`; printing it gives a table by kind of site."""
-
-    model: str
-    family: str
-    findings: tuple[Finding, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every check passed."""
-        return not self.failed
-
-    @property
-    def failed(self) -> dict[str, str]:
-        """Kinds of sites that failed, with the worst failure of each."""
-        out: dict[str, str] = {}
-        worst = sorted((f for f in self.findings if not f.ok), key=lambda f: -(f.error / (f.tolerance or 1e-30)))
-        for finding in worst:
-            said = f"{finding.what} at layer {finding.layer} is off by {finding.error:.3g} (allowed {finding.tolerance:.1g})"
-            if finding.what != "law" and finding.note and finding.error == float("inf"):
-                said = finding.note
-            if finding.what == "law" and finding.kind in LAWS:
-                said = f"it does not hold that {LAWS[finding.kind]} ({finding.note or said.removeprefix('law ')})"
-            out.setdefault(finding.kind, said)
-        return out
-
-    def __str__(self) -> str:
-        lines = [
-            f"audit of {self.model} ({self.family})",
-            f"{'site or law':<15}{'check':<12}{'layers':>7}{'worst/allowed':>15}  ",
-        ]
-        for kind in dict.fromkeys((*KINDS, *LAWS, *(finding.kind for finding in self.findings))):
-            for what in ("read", "write", "self-patch", "padding", "law"):
-                own = [finding for finding in self.findings if (finding.kind, finding.what) == (kind, what)]
-                if not own:
-                    continue
-                worst = max(
-                    finding.error / finding.tolerance if finding.tolerance else finding.error for finding in own
-                )
-                notes = sorted({finding.note for finding in own if finding.note})
-                verdict = "ok" if all(finding.ok for finding in own) else "FAILED"
-                layers = len({finding.layer for finding in own})
-                lines.append(
-                    f"{kind:<15}{what:<12}{layers:>7}{worst:>15.3f}  {verdict}{'  note: ' + '; '.join(notes) if notes else ''}"
-                )
-        count = len(self.findings)
-        lines.append(f"{count} checks, " + ("all passed" if self.ok else f"FAILED: {self.failed}"))
-        return "\n".join(lines)
 
 
 def _prompt(model: Model, length: int, seed: int) -> list[int]:

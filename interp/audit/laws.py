@@ -18,20 +18,12 @@ from ..engine.context import Runs, context_of
 from ..engine.reading import contribution_program
 from ..engine.trace import contributions, execute_gradients
 from ..errors import AuditError
+from ..findings import Finding
 from ..models.layout import affine, as_it_says, at, part_index, sizes
 from ..models.model import Model
 from ..pairs import PromptPairs
-from .parts import TOLERANCE, Finding, Parts, compare
+from .parts import TOLERANCE, Parts, compare
 from .plain import MOST, TIMES, Place, Plain, probe
-
-#: What each law says, for reports and messages.
-LAWS = {
-    "senders": "what heads, MLPs and biases write adds up to the stream that each receiver reads",
-    "receivers": "a projection is an affine map of what it reads, and an MLP receives its norm of the stream",
-    "edge gradients": "the gradient by what a receiver reads is that of autograd through the model's own modules",
-    "backward": "autograd runs through the model",
-    "head": "the final norm and the head give the logits, up to one factor and a softcap",
-}
 
 
 def check_laws(

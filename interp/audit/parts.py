@@ -6,12 +6,12 @@ Expected values never come from the taps that are on trial.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..findings import Finding
 from ..models.layout import at, part_index
 from ..models.model import Model
 from ..sites import KINDS
@@ -20,23 +20,6 @@ from .plain import MOST, TIMES
 #: What may separate two equal numbers, relative to the largest that stands or goes in at their position, by float type.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "gelu_impl")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check at one layer: the largest error, what it may be there, and a note where there was nothing to prove."""
-
-    kind: str
-    what: str
-    layer: int
-    error: float
-    tolerance: float
-    note: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Whether the error is within its tolerance."""
-        return self.error <= self.tolerance
 
 
 def largest(x: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..engine.reading import read
 from ..errors import AuditError
+from ..findings import Finding
 from ..models.layout import at, mix_values
 from ..models.model import Model
-from .parts import Finding, Parts, compare, kinds_of
+from .parts import Parts, compare, kinds_of
 from .plain import Plain
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..engine.reading import entry, read
+from ..findings import Finding
 from ..models.layout import at
 from ..models.model import Model
-from .parts import Finding, compare
+from .parts import compare
 from .plain import Plain, logits_of, plain_run
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from ..engine.reading import entry, read
 from ..engine.views import pulled
 from ..errors import AuditError
+from ..findings import Finding
 from ..models.model import Model
 from ..sites import TABLE_KINDS
 from ..views import Seen, View
-from .parts import TOLERANCE, Finding, compare
+from .parts import TOLERANCE, compare
 from .plain import Plain
 
 WHOLE = "whole"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..engine.reading import entry, read
+from ..findings import Finding
 from ..models.layout import at, mix_values, part_index
 from ..models.model import Model
 from ..sites import HEAD_KINDS, KIND, KV_KINDS
-from .parts import Finding, Parts, compare
+from .parts import Parts, compare
 from .plain import Plain, logits_from, moved_by
 from .reads import rounding_of_pattern
 

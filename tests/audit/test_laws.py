@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import interp
 from interp import Circuit, Model, PromptPairs
-from interp.audit.laws import LAWS
 from interp.errors import AuditError
+from interp.findings import LAWS
 from interp.models import loading
 from tests.families import allowed, count_forwards
 
