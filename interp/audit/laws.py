@@ -44,7 +44,7 @@ def check_laws(
         if ids is prompt:
             yield from check_senders(model, parts, biases, plain)
             yield from check_heads(model, got)
-    yield from check_gradients(model, prompt, other, written[1] - written[0], plain)
+    yield from check_gradients(model, prompt, other, written, plain)
 
 
 @torch.no_grad()
@@ -175,11 +175,11 @@ def readers(model: Model, place: Place, apart: bool) -> tuple[int, int]:
 
 
 def check_gradients(
-    model: Model, prompt: Sequence[int], other: Sequence[int], change: Tensor, plain: Plain
+    model: Model, prompt: Sequence[int], other: Sequence[int], written: Sequence[Tensor], plain: Plain
 ) -> Iterator[Finding]:
     """Edge attribution of each sender, summed over the readers at one place, is its change times autograd's gradient there.
 
-    `change [sender, position, d_model]`: what each sender writes in the other prompt's run instead.
+    `written`: what each sender writes in the runs of the two prompts `[sender, position, d_model]`.
     """
     law = "edge gradients"
     if not plain.gradient:
@@ -193,18 +193,22 @@ def check_gradients(
     except AuditError as error:
         yield Finding(law, "law", 0, float("inf"), 0.0, str(error))
         return
+    change, both = (written[1] - written[0]).double(), (written[0].abs() + written[1].abs()).double()
+    eps = torch.finfo(plain.logits.dtype).eps
     for place, gradient in plain.gradient.items():
         layer = place[0]
         first, last = readers(model, place, (layer, "mlp") in plain.gradient)
         count = read_by(model, place)
         got = scores[first:last, :count].double().sum(0)
-        parts, by_row = change[:count].flatten(1).double(), gradient.flatten(1).double().cpu()
+        parts, by_row = change[:count].flatten(1), gradient.flatten(1).double().cpu()
         want = by_row @ parts.T  # [row, sender]
         scale = (parts.abs() @ by_row[0].abs()).clamp(min=1e-30)
         noise = (want[1:] - want[:1]).abs().amax(0)
         noise = torch.maximum(noise, scale * (noise / scale).median())  # few rows: some are moved little by chance
+        # a sender's change is a difference, which carries the rounding of what both runs write, however little is left of it
+        left = TIMES * eps * (both[:count].flatten(1) @ by_row[0].abs())
         floor = TOLERANCE[plain.logits.dtype] * scale.clamp(min=float(scale.max()) * 1e-3)
-        allowed = torch.maximum(floor, torch.minimum(TIMES * noise, MOST * scale))
+        allowed = torch.maximum(torch.maximum(floor, left), torch.minimum(TIMES * noise, MOST * scale))
         off = (got - want[0]).abs().nan_to_num(nan=float("inf"))
         worst = int((off / allowed).argmax())
         yield Finding(law, "law", layer, float(off[worst]), float(allowed[worst]))
