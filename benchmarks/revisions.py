@@ -1,7 +1,8 @@
 """Our own jobs of the other benchmarks on two revisions, in turn: `python benchmarks/revisions.py REV [--repeats 7]`.
 
 A process for each tree (REV's is checked out into a folder of its own) holds the same random models and runs one job when it is
-told to; rounds go A B, B A, A B, …, so that whatever else the machine does falls on both. Ratios are medians over rounds.
+told to; rounds go A B, B A, A B, …, so that whatever else the machine does falls on both. Ratios are medians over rounds, and of
+the sums of all rounds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 from common import THREADS, heading, pair_differing_from, random_gpt2, table, wait_for_quiet
 
 ROOT = Path(__file__).parents[1]
+#: Short jobs run more rounds: as many as take this long on each tree.
+SECONDS = 20.0
 
 
 def jobs(quick: bool) -> dict[str, Callable[[], Any]]:
@@ -118,21 +121,25 @@ def compare(before: Tree, now: Tree, repeats: int, revision: str) -> None:
         timed: dict[Tree, list[tuple[float, float, float]]] = {before: [], now: []}
         for tree in (before, now):
             tree.run(name)  # warm
-        for number in range(repeats):
+        rounds = max(repeats, round(SECONDS / before.run(name)[0])) if repeats > 2 else repeats
+        for number in range(rounds):
             for tree in (before, now) if number % 2 else (now, before):
                 timed[tree].append(tree.run(name))
         wall, work = (
             statistics.median(b[i] / a[i] for a, b in zip(timed[before], timed[now], strict=True)) for i in (0, 1)
         )
+        whole = sum(b[0] for b in timed[now]) / sum(a[0] for a in timed[before])
         seconds = [f"{statistics.median(run[0] for run in timed[tree]):.3f} s" for tree in (before, now)]
-        rows.append([name, *seconds, f"{100 * (wall - 1):+.1f} %", f"{100 * (work - 1):+.1f} %"])
+        rows.append(
+            [name, *seconds, f"{100 * (wall - 1):+.1f} %", f"{100 * (work - 1):+.1f} %", f"{100 * (whole - 1):+.1f} %"]
+        )
         print(rows[-1], file=sys.stderr, flush=True)
     peaks = [timed[tree][-1][2] for tree in (before, now)]
     rows.append(
-        ["highest memory of the whole", *(f"{peak:.2f} GB" for peak in peaks), f"{peaks[1] / peaks[0]:.3f}×", ""]
+        ["highest memory of the whole", *(f"{peak:.2f} GB" for peak in peaks), f"{peaks[1] / peaks[0]:.3f}×", "", ""]
     )
     print(heading(f"Two revisions: {revision} and this tree, medians of {repeats}"))
-    print(table(["job", revision, "now", "more time", "more work"], rows))
+    print(table(["job", revision, "now", "more time", "more work", "all rounds"], rows))
 
 
 if __name__ == "__main__":

@@ -99,6 +99,8 @@ class Edges:
         }
         for kind in READERS[:3]:
             self.handlers[kind] = (partial(self.project, kind), kind)
+        #: "cut": of each receiver whether any row cuts an edge to it; masks are large, and asked at every tap
+        self.is_cut: list[bool] = spec["mask"].any(0).any(1).tolist() if self.mode == "cut" else []
         if self.mode == "patch":
             table = spec["table"].long()
             self.table = table
@@ -117,7 +119,7 @@ class Edges:
         if reader not in (*READERS, LOGITS):
             return False
         first = self.order.receiver(layer, reader)
-        return bool(self.spec["mask"][:, first : first + self.order.count(reader)].any())
+        return any(self.is_cut[first : first + self.order.count(reader)])
 
     def listens(self, layer: int, kind: str) -> bool:
         """Whether a tap must be stopped at, to record a sender or to change a read."""
