@@ -19,7 +19,7 @@ from interp.engine.slopes import grad_drop, midpoints
 from interp.errors import MetricError, PairsError, PlanError, SiteError
 from interp.plan import paths
 from tests.circuits.known import Known, cancelling, linear, saturated
-from tests.families import D_VOCAB, has, loaded, words
+from tests.families import D_VOCAB, allowed, has, loaded, words
 from tests.oracle.configs import tiny
 from tests.oracle.derivatives import gradient
 from tests.oracle.hooks import Oracle
@@ -240,7 +240,8 @@ def test_kl_has_no_gradient_at_the_clean_run_and_says_so() -> None:
             assert np.nanmax(np.abs(change(effects))) > 1e-4
     alike = PromptPairs([pairs.clean[0]] * 2, [pairs.clean[0], pairs.corrupted[0]], [20, 20], [33, 33])
     with pytest.warns(UserWarning, match="the same in pair 0") as seen:
-        assert np.abs(change(attribute(model, alike, plan))[..., 0]).max() == 0  # nothing to tell, yet no vanishing
+        told = np.abs(change(attribute(model, alike, plan))[..., 0]).max()
+    assert told <= allowed(torch.tensor([20.0]))  # nothing but how two rows of one batch are rounded, yet no vanishing
     assert len(seen) == 1
     exact = interp.patch(model, pairs, plan, interp.kl)
     assert np.nanmax(change(exact)) > 0.01
