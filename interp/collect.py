@@ -21,20 +21,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .cells import integers
-from .engine.identity import weights_digest
+from .engine.identity import value_digest, weights_digest
 from .engine.program import Program
-from .engine.reading import Reading, last_layer, packed, read_all, read_program
+from .engine.reading import Reading, last_layer, packed, read_program, run_readings
 from .engine.schedule import token_budget
 from .engine.trace import Found
 from .errors import CheckpointError, PairsError, PlanError
 from .files import path_of
 from .models.model import Model
+from .options import refuse_unknown
 from .pairs import PromptPairs
 from .prompts import prompts_of
 from .shards import Step, StoredActivations, begun_sizes, write_shards
 from .sites import KIND, Site
 from .tokens import Text
-from .views import View
+from .views import Seen, View
 
 Collected = Tensor | dict[str, Tensor]
 #: A window holds this many batches, and no more than so many bytes of activations.
@@ -56,6 +57,11 @@ class Request:
     batch_tokens: int
     window_tokens: int
 
+    @property
+    def views(self) -> dict[str, Seen]:
+        """The views among the sites, by name, with all of their parts."""
+        return {site.kind: site.view.seen() for _, site in self.sites if isinstance(site.view, View)}
+
     def facts(self) -> dict[str, Any]:
         """All that the numbers depend on, as plain data, but for the texts."""
         return {
@@ -68,6 +74,7 @@ class Request:
             "keep_prefix": self.keep_prefix,
             "max_length": self.max_length,
             "dtype": str(self.dtype).removeprefix("torch."),
+            **({"views": value_digest(self.views)} if self.views else {}),
         }
 
 
@@ -141,10 +148,7 @@ def collect_activations(
             `pattern` (it has no row per token). PairsError: an empty text, a position that a text does not have.
         CheckpointError: the folder holds activations of another model, other texts or settings, or cannot be written.
     """
-    if unknown := set(form) - set(CollectOptions.__annotations__):
-        raise TypeError(
-            f"unexpected option {sorted(unknown)[0]!r}; the options are {', '.join(CollectOptions.__annotations__)}"
-        )
+    refuse_unknown(form, CollectOptions.__annotations__)
     padded, index, stream = (bool(form.get(name)) for name in ("padded", "index", "stream"))
     to_disk, progress = form.get("to_disk"), form.get("progress")
     if sum((padded, stream, to_disk is not None)) > 1 or (index and (padded or to_disk is not None)):
@@ -289,9 +293,9 @@ def prompt_of(request: Request, number: int, ids: tuple[int, ...], string: bool)
 def run_window(request: Request, prompts: Sequence[Prompt]) -> Window:
     """The activations of one window, in the order of its texts."""
     model = request.model
-    views = {site.kind: site.view.seen() for _, site in request.sites if isinstance(site.view, View)}
+    views = request.views
     reads = [site.place for _, site in request.sites]
-    last = last_layer(model, [(layer, views[kind].tap if kind in views else kind) for layer, kind in reads])
+    last = last_layer(reads, views)
     starts = [0, *accumulate(len(prompt.places) for prompt in prompts)]
     values: dict[str, Tensor] = {}
 
@@ -315,7 +319,7 @@ def run_window(request: Request, prompts: Sequence[Prompt]) -> Window:
 
     groups = packed([len(prompt.ids) for prompt in prompts], request.batch_tokens)
     pieces = [Reading.of(group, program) for group in groups if any(prompts[i].places for i in group)]
-    read_all(model, pieces, put)
+    run_readings(model, pieces, put)
     for name, site in request.sites:
         values.setdefault(name, torch.empty(0, width_of(model, site), dtype=request.dtype))
     places = [(prompt.text, place) for prompt in prompts for place in prompt.places]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import interp
 from interp import PromptPairs, View
-from interp.errors import AuditError, PlanError, SiteError, SiteUnavailableError
+from interp.errors import AuditError, CheckpointError, PlanError, SiteError, SiteUnavailableError
 from tests.families import allowed, loaded, words
 from tests.oracle.configs import tiny
 
@@ -229,6 +230,17 @@ def test_parts_are_collected(name: str, family: str) -> None:
         assert got.shape == (18, view.parts)
         assert float((got - want).abs().max()) <= allowed(want)
     assert index[:, 0].tolist() == [0] * 6 + [1] * 3 + [2] * 9
+
+
+@torch.no_grad()
+def test_shards_of_another_view_of_that_name_are_not_gone_on_with(tmp_path: Path) -> None:
+    view, model, texts = rotated("gpt2"), loaded("gpt2"), words(6, 3)
+    kept = interp.collect_activations(model, texts, LAYER, view, to_disk=tmp_path / "acts")
+    assert interp.collect_activations(model, texts, LAYER, view, to_disk=tmp_path / "acts").facts == kept.facts
+    turned = {"decoder": view.decoder.flip(0), "tensors": view.tensors}
+    other = View("rotated", "resid_post", view.parts, read_rotated, **turned)
+    with pytest.raises(CheckpointError, match="views"):
+        interp.collect_activations(model, texts, LAYER, other, to_disk=tmp_path / "acts")
 
 
 def gradients(hooked: Hooked, ids: Sequence[int], pair: int, toward: Sequence[int], alpha: float) -> Tensor:

@@ -127,9 +127,13 @@ def metric_digest(metric: Metric) -> str:
     Compiled code, because the source of a metric may be out of reach (typed in a session) or part of a longer
     line (a lambda), and changes with its comments.
     """
+    return value_digest(metric, outer=True)
+
+
+def value_digest(value: object, outer: bool = False) -> str:
+    """Digest of numbers, tensors, functions and what they are made of; `outer`: a callable object is what it computes."""
     digest = hashlib.sha256()
-    seen: dict[int, Any] = {}
-    for part in _parts(metric, seen, outer=True):
+    for part in _parts(value, {}, outer):
         digest.update(part)
     return digest.hexdigest()[:32]
 
