@@ -25,8 +25,9 @@ from common import (
 )
 
 import interp
+from interp.cells import Resolved
 from interp.circuits.acdc import acdc
-from interp.engine.context import Runs
+from interp.engine.context import Experiment, Runs
 from interp.options import Options
 
 
@@ -98,8 +99,9 @@ def main() -> None:
             threshold = 0.01 * abs(float((ends.clean - ends.corrupted).mean()))
         else:
             threshold = 0.5 * float(np.median([abs(score) for score in within.scores().values()]))
-        runs, quiet = Runs(used.encode(one)), Options(progress=False)
-        run = partial(acdc, used, runs, interp.logit_diff, within, threshold, {}, quiet)
+        nothing = Resolved((), (), {})
+        asked = Experiment(used, Runs(used.encode(one)), nothing, interp.logit_diff, "acdc")
+        run = partial(acdc, asked, within, threshold, {}, Options(progress=False))
         timed = interleaved({"batched": run, "single": partial(run, ahead=1)}, repeats)
         batched, single = timed["batched"].result, timed["single"].result
         assert batched.edges == single.edges

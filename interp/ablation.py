@@ -17,7 +17,7 @@ from .effects import Effects
 from .encoded import EncodedPairs
 from .engine.context import Experiment, Runs, whole_views
 from .engine.program import Place, Program
-from .engine.reading import Reading, encode_prompts, last_layer, read_all, read_program, readings
+from .engine.reading import Reading, encode_prompts, last_layer, read_program, readings, run_readings
 from .engine.run import run_cells
 from .engine.trace import Found
 from .engine.trial import check_metric
@@ -99,7 +99,7 @@ def ablate(
         )
     details["direction"] = None
     resolved = plan.resolve(model, encoded)
-    edges_refused(resolved)
+    refuse_edges(resolved)
     values: dict[Place, Tensor | float] = {}
     rounding = None
     if mode != "zero":
@@ -112,16 +112,15 @@ def ablate(
     return run_cells(asked, how)
 
 
-def edges_refused(resolved: Resolved) -> Resolved:
-    """The same, if it has no edges: PlanError."""
+def refuse_edges(resolved: Resolved) -> None:
+    """PlanError: cells with edges."""
     if any(cell.edges for cell in resolved.cells):
         raise PlanError("ablate changes activations, and this plan has edges between them; use path_patch")
-    return resolved
 
 
 def with_edits(resolved: Resolved, change: Callable[[Edit], Edit]) -> Resolved:
     """The same cells with every edit changed."""
-    edges_refused(resolved)
+    refuse_edges(resolved)
     cells = (replace(cell, edits=tuple((change(edit), place) for edit, place in cell.edits)) for cell in resolved.cells)
     return replace(resolved, cells=tuple(cells))
 
@@ -195,7 +194,6 @@ def means(
     # a head's output is z·W_O, so its mean is the mean of z times W_O: that is what it is written through
     through = {(layer, kind): (layer, kind if kind in views else KIND[kind].through or kind) for layer, kind in sites}
     reads = sorted(set(through.values()))
-    taps = [(layer, views[kind].tap if kind in views else kind) for layer, kind in reads]
     ends = [len(prompt) if length is None else min(len(prompt), length) for prompt in prompts]
 
     def program(chosen: Sequence[int]) -> Program:
@@ -206,7 +204,7 @@ def means(
             for position in range(ends[index])
         ]
         rows, columns, place = torch.tensor(tokens).unbind(1)
-        made = read_program(model, [prompts[i] for i in chosen], reads, last=last_layer(model, taps), views=views)
+        made = read_program(model, [prompts[i] for i in chosen], reads, last=last_layer(reads, views), views=views)
         made["readout"] = {"kind": "sums", "rows": rows, "columns": columns, "place": place, "places": length or 1}
         return made
 
@@ -217,7 +215,7 @@ def means(
             part = result["reads"][site].double().cpu()
             totals[site] = totals[site] + part if site in totals else part
 
-    read_all(model, readings(model, [len(prompt) for prompt in prompts], program, max_tokens), add)
+    run_readings(model, readings(model, [len(prompt) for prompt in prompts], program, max_tokens), add)
     counts = torch.tensor([sum(ends)] if length is None else [sum(end > at for end in ends) for at in range(length)])
     made = {}
     for site in sites:

@@ -14,7 +14,7 @@ from .engine.context import Context, Experiment, Runs, context_of
 from .engine.rows import Row, make_rows
 from .engine.run import check_cells, check_runs, make_effects, provenance, run_cells
 from .engine.schedule import choose_schedule, gradient_budget
-from .engine.slopes import FLAT, Gradients, estimate, midpoints
+from .engine.slopes import FLAT, GradientSpec, estimate, midpoints
 from .engine.trial import check_metric, name_of
 from .errors import PlanError
 from .metrics import Metric, logit_diff
@@ -91,7 +91,7 @@ def attribute(
     context = context_of(model, runs, resolved, choose_schedule(model, "growing"))
     rows, _ = make_rows(resolved, context, prune=False)
     _check_places(rows, context, method)
-    how: Gradients = {
+    how: GradientSpec = {
         "tape": sorted({(entry.layer, context.names[entry.kind]) for row in rows for entry in row.entries}),
         "fractions": alphas if averaged else (),
         "moved": [(-1, "embed")] if method == "ig" else [],
@@ -181,7 +181,7 @@ def _verify(
     drawn = np.random.default_rng(0).choice(rest, size=min(count, len(rest)), replace=False) if len(rest) else rest
     chosen = [int(cell) for cell in (*top, *drawn)]
     subset = replace(resolved, cells=tuple(resolved.cells[cell] for cell in chosen))
-    patched = replace(asked, resolved=subset, method="patch", rounding=None)
+    patched = replace(asked, resolved=subset, method="patch")
     values = run_cells(patched, Options(max_tokens=budget)).values.values
     exact = np.stack([values[cell.index] for cell in subset.cells])
     weakest = float(np.abs(np.nanmean(exact[: len(top)] - base, axis=1)).min())

@@ -13,7 +13,7 @@ from .effects import Effects
 from .encoded import EncodedPairs
 from .engine.compile import token_sets
 from .engine.program import Program
-from .engine.reading import read_all, read_program, readings
+from .engine.reading import read_program, readings, run_readings
 from .engine.run import provenance
 from .engine.trace import Found
 from .errors import AuditError, MetricError, PlanError
@@ -70,7 +70,7 @@ def direct_effects(model: Model, pairs: PromptPairs, by: str = "component") -> E
 
     results: list[tuple[Sequence[int], Found]] = []
     pieces = readings(model, [len(prompt) for prompt in encoded.clean], program)
-    read_all(model, pieces, lambda piece, result: results.append((piece.asked, result)))
+    run_readings(model, pieces, lambda piece, result: results.append((piece.asked, result)))
     return labelled(model, encoded, pairs.name, by, results)
 
 

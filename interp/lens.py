@@ -14,7 +14,7 @@ from .cells import integers
 from .direct import direct_effects
 from .encoded import EncodedPairs
 from .engine.program import Place, Program
-from .engine.reading import Reading, encode_prompts, packed, read_all, read_program
+from .engine.reading import Reading, encode_prompts, packed, read_program, run_readings
 from .engine.schedule import token_budget
 from .engine.trace import Found
 from .errors import PlanError, SiteError
@@ -119,7 +119,7 @@ def logit_lens(
         for some_tokens, some in parts(tokens, len(chosen), LOGITS // model.vocab_size):
             key = (frozenset((token.prompt, token.spot) for token in some_tokens), some)
             pieces.append(Reading.of(group, partial(program, key), key))
-    read_all(model, pieces, put)
+    run_readings(model, pieces, put)
     return _predictions(model, encoded, (chosen, places), ids, numbers, following)
 
 
@@ -178,7 +178,7 @@ def attention_patterns(
         made["want_logits"] = False
         return made
 
-    read_all(model, [Reading.of([0], program)], lambda _, result: weights_of.update(result["reads"]))
+    run_readings(model, [Reading.of([0], program)], lambda _, result: weights_of.update(result["reads"]))
     weights = np.stack([weights_of[layer, "pattern"][0].float().cpu().numpy() for layer in chosen])
     coords = {"layer": chosen, "head": range(model.n_heads), "token": ("query", list(encoded.labels[0]))}
     return xr.DataArray(weights, coords, ("layer", "head", "query", "key"), attrs={"model": model.name})

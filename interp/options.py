@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
@@ -21,6 +21,12 @@ class RunOptions(TypedDict, total=False):
     max_tokens: int | None
     progress: bool | None
     checkpoint: Path | None
+
+
+def refuse_unknown(given: Iterable[str], known: Collection[str]) -> None:
+    """TypeError: a keyword argument that a method does not have."""
+    if unknown := [name for name in given if name not in known]:
+        raise TypeError(f"unexpected option {unknown[0]!r}; the options are {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,7 @@ class Options:
             TypeError: one that nobody knows. `error`: one that cannot be.
         """
         names = [part.name for part in fields(cls)]
-        if unknown := [name for name in given if name not in (*names, *others)]:
-            raise TypeError(f"unexpected option {unknown[0]!r}; the options are {', '.join((*names, *others))}")
+        refuse_unknown(given, (*names, *others))
         try:
             return cls(**{name: value for name, value in given.items() if name in names})
         except PlanError as refused:

@@ -17,7 +17,7 @@ from .effects import Effects
 from .encoded import EncodedPairs
 from .engine.context import Experiment, Noise, Runs
 from .engine.program import Program
-from .engine.reading import read_all, read_program, readings
+from .engine.reading import read_program, readings, run_readings
 from .engine.run import run_cells
 from .engine.trial import check_metric
 from .errors import PairsError, PlanError
@@ -135,7 +135,7 @@ def embedding_std(
         return made
 
     pieces = readings(model, [len(prompt) for prompt in prompts], program, max_tokens)
-    read_all(model, pieces, lambda _, result: spread.append(result["reads"][-1, "embed"].cpu()))
+    run_readings(model, pieces, lambda _, result: spread.append(result["reads"][-1, "embed"].cpu()))
     return float(torch.cat(spread).double().std())
 
 

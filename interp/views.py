@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -41,11 +42,6 @@ class Seen(NamedTuple):
     write: Write
     pull: Read
     tensors: Tensors
-
-
-def read_slice(x: Tensor, tensors: Tensors) -> Tensor:
-    """The features of each part, as they are."""
-    return x[..., tensors["index"].to(x.device)]
 
 
 def write_decoded(x: Tensor, old: Tensor, new: Tensor, tensors: Tensors) -> Tensor:
@@ -126,7 +122,7 @@ class View:
         if PART in self.tensors or (self.decoder is not None and DECODER in self.tensors):
             raise PlanError(f"view {self.name!r}: the names {PART!r} and {DECODER!r} are taken")
 
-    @property
+    @cached_property
     def tap(self) -> Site:
         """The site whose tensor it is a view of; without a layer where it is one for all."""
         return Site(self.at) if isinstance(self.at, str) and "." not in self.at else Site.parse(self.at)

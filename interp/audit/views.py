@@ -19,7 +19,6 @@ from ..engine.views import pulled
 from ..errors import AuditError
 from ..findings import Finding
 from ..models.model import Model
-from ..sites import TABLE_KINDS
 from ..views import Seen, View
 from .parts import TOLERANCE, compare
 from .plain import Plain
@@ -38,9 +37,9 @@ def check_views(model: Model, prompt: Sequence[int], plain: Plain, views: Sequen
     for view in views:
         own = view.tap.layer
         for layer in range(model.n_layers) if own is None else [own]:
-            site = model.require(view.site(layer))
+            place = model.require(view.site(layer)).place[0]
             whole = {WHOLE: Seen(view.tap.kind, _all, lambda x, *_: x, _all, {})}
-            x = read(model, [prompt], [(site.place[0], WHOLE)], views=whole)["reads"][site.place[0], WHOLE][:, :, 0]
+            x = read(model, [prompt], [(place, WHOLE)], views=whole)["reads"][place, WHOLE][:, :, 0]
             try:
                 yield from check_view(view, layer, x)
             except (RuntimeError, KeyError, IndexError, TypeError) as error:  # its functions are somebody else's
@@ -80,8 +79,7 @@ def check_view(view: View, layer: int, x: Tensor) -> Iterator[Finding]:
 
 def check_itself(model: Model, prompt: Sequence[int], view: View, layer: int, plain: Plain) -> Finding:
     """A row patched with its own parts has the logits that it had."""
-    table = entry(max(layer, 0), TABLE_KINDS[0], "replace", 1, source=0)
-    table = (model.require(view.site(layer)).place[0], len(TABLE_KINDS), *table[2:])
     views = {view.name: view.seen()}
-    run = read(model, [prompt, prompt], edits=[table], views=views)["logits"]
+    edit = entry(*view.site(layer).place, "replace", 1, views=list(views), source=0)
+    run = read(model, [prompt, prompt], edits=[edit], views=views)["logits"]
     return compare(view.name, "self-patch", layer, run[1:], run[:1], noise=plain.logits_noise)

@@ -40,8 +40,8 @@ def check_writes(
         width = int(part_index(model.taps, kind).max()) + 1 if KIND[kind].axis else 0
         step = torch.randn(width or tensor.shape[-1], generator=generator) * max(float(tensor.float().std()), 1e-2)
         values[layer, kind] = step.to(model.device, model.dtype)[None, None]
-        head = {"part": model.heads_of(kind) - 1} if kind in HEAD_KINDS else {}  # the first is alike in most layouts
-        edits.append(entry(layer, kind, "add", row_of[kind], column=place, source_column=place, value=0, **head))
+        part = model.heads_of(kind) - 1 if kind in HEAD_KINDS else -1  # the first head is alike in most layouts
+        edits.append(entry(layer, kind, "add", row_of[kind], column=place, source_column=place, value=0, part=part))
         delta[kind] = values[layer, kind][0, 0]
     reads = [(layer, kind) for kind in (*kinds, "value")] + ([] if last else [(layer + 1, kind) for kind in "qkv"])
     origin = [0] * len(kinds)

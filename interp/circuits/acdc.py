@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..cells import Cell, Resolved
 from ..engine.checkpoint import read_identity
-from ..engine.context import Experiment, Runs
-from ..engine.trial import check_metric
-from ..metrics import Metric
-from ..models.model import Model
+from ..engine.context import Experiment
 from ..options import Options
 from .circuit import Circuit
 from .greedy import MOST_AHEAD, Search, kept_log, settled
@@ -21,9 +19,7 @@ from .runs import Masks
 
 
 def acdc(
-    model: Model,
-    runs: Runs,
-    metric: Metric,
+    asked: Experiment,
     within: Circuit | None,
     threshold: float | None,
     meta: dict[str, object],
@@ -36,15 +32,16 @@ def acdc(
     `greedy.in_turn`) share the layers below the receiver of its last candidate.
 
     Args:
+        asked: the model, the runs of its pairs and the metric; its cells play no part.
         options: with a checkpoint, tested edges are kept and a later call continues.
         ahead: the largest batch; 1 tries one at a time.
     """
+    model, runs = asked.model, asked.runs
     options = settled(options, model)
     facts = Facts.of(model)
     kept = facts.mask.copy() if within is None else within.matrix(facts).copy()
     order = [(int(s), r) for r in reversed(range(len(facts.receivers))) for s in reversed(np.flatnonzero(kept[:, r]))]
-    rounding = check_metric(metric, runs.encoded, model.vocab_size, dtype=model.dtype)
-    masks = Masks(model, runs, metric, "source", rounding=rounding)
+    masks = Masks(model, runs, asked.metric, "source", rounding=asked.rounding)
     quiet = Options(max_tokens=options.max_tokens, progress=False)
     run = masks.run([kept], quiet)
     current = float(run.values.mean())
@@ -75,11 +72,11 @@ def acdc(
         return effects.values.mean("pair").values.tolist(), expected
 
     resolved = Resolved((), (Cell((0,), cut=kept.T.copy()),), {})
-    asked = Experiment(model, runs, resolved, metric, "acdc", details={"threshold": threshold})
+    kept_as = replace(asked, resolved=resolved, details={"threshold": threshold})
     shown = None if options.progress is None else not options.progress
     with (
         tqdm(total=len(order), disable=shown, desc="acdc", unit="edge") as bar,
-        kept_log(asked, options, len(order)) as log,
+        kept_log(kept_as, options, len(order)) as log,
     ):
         search = Search(attempt, stays, threshold, ahead, bar, log)
         for edge, change, value in search.in_turn(order, current):

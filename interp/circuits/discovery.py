@@ -99,7 +99,8 @@ def discover(
     for name, methods in OPTIONS.items():
         if given[name] is not None and method not in methods:
             raise CircuitError(f"{name}= is of no use to method={method!r}; it goes with {' and '.join(methods)}")
-    check_metric(metric, encoded, model.vocab_size, gradient=method not in PATCHING)
+    gradient = method not in PATCHING
+    rounding = check_metric(metric, encoded, model.vocab_size, gradient=gradient, dtype=model.dtype)
     _rests(model, method, level)
     facts, runs = Facts.of(model), Runs(encoded)
     meta: dict[str, object] = {
@@ -109,13 +110,13 @@ def discover(
         "ablation": "counterfactual",
         "pairs": len(encoded),
     }
+    asked = Experiment(model, runs, Resolved((), (), {}), metric, method, rounding=rounding)
     if method == "acdc":
         kept = facts.mask if within is None else within.matrix(facts)
         warn_if_long(model, runs, [Cell((i,), cut=kept.T) for i in range(int(kept.sum()))], "acdc")
-        return acdc(model, runs, metric, within, threshold, meta, how)
+        return acdc(replace(asked, method="acdc"), within, threshold, meta, how)
     if method == "exact":
-        asked = Experiment(model, runs, Resolved((), (), {}), metric, f"discover:exact-{level}")
-        return exact(asked, level, within, meta, how)
+        return exact(replace(asked, method=f"discover:exact-{level}"), level, within, meta, how)
     meta["points"] = list(alphas or (0.0,))
     matrices = edge_attributions(model, runs, metric, method, alphas, how)
     if level == "node":

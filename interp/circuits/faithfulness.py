@@ -9,7 +9,6 @@ from typing import Unpack
 import numpy as np
 import pandas as pd
 
-from ..engine.context import Runs
 from ..errors import CircuitError
 from ..metrics import Metric, logit_diff
 from ..models.model import Model
@@ -20,7 +19,7 @@ from .circuit import Circuit
 from .discovery import discover
 from .files import Item
 from .nodes import EMBED, Described, Facts, node
-from .runs import Masks, Prompts, reference_of
+from .runs import Prompts, reference_of, run_masks
 
 #: Sizes of circuits as fractions of all edges (or nodes), the protocol of MIB (Mueller et al. 2025).
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -117,7 +116,7 @@ def evaluate_circuit(
     taken = [whole, *without.values()] if without else []
     filled = reference_of(model, pairs, ablation, reference, metric)
     every = [nothing, *masks, *rest, *taken]
-    effects = Masks(model, Runs(model.encode(pairs)), metric, filled, ablation).run(every, how)
+    effects = run_masks(model, pairs, every, ablation, metric, reference=filled, options=how)
     values, full = (part.values.astype(np.float64) for part in (effects.values, effects.clean))
     empty, rows, tail = values[0], values[1 : len(masks) + 1], values[len(masks) + 1 :]
     scores = faithfulness_of(rows, full, empty)

@@ -13,7 +13,7 @@ from ..cells import Cell, Resolved
 from ..effects import Effects
 from ..encoded import EncodedPairs
 from ..engine.context import Experiment, Reference, Runs
-from ..engine.reading import Reading, contribution_program, encode_prompts, read_all
+from ..engine.reading import Reading, contribution_program, encode_prompts, run_readings
 from ..engine.run import run_cells
 from ..engine.trace import contributions
 from ..engine.trial import check_metric
@@ -84,7 +84,7 @@ def reference_of(
         sums[:] = [part if not sums else sums[0] + part]
 
     make = lambda chosen: contribution_program(model, prompts[chosen[0]])  # noqa: E731
-    read_all(model, [Reading.of([number], make) for number in range(len(prompts))], add, contributions)
+    run_readings(model, [Reading.of([number], make) for number in range(len(prompts))], add, contributions)
     return (sums[0] / (len(prompts) if by_position else sum(map(len, prompts)))).float()
 
 
@@ -95,17 +95,18 @@ def run_masks(
     ablation: str = "counterfactual",
     metric: Metric = logit_diff,
     *,
-    labels: Sequence[object] | None = None,
     reference: Reference | None = None,
-    **options: Unpack[RunOptions],
+    options: Options | None = None,
+    **more: Unpack[RunOptions],
 ) -> Effects:
     """The metric of several circuits given as kept-edge masks `[sender, receiver]`: dims (circuit, pair).
 
     `reference` is what `reference_of` returned, or None to compute it. Base clean, source corrupted.
+    Options are one value, or keyword arguments.
     """
     source = reference_of(model, pairs, ablation) if reference is None else reference
-    encoded = model.encode(pairs)
-    return Masks(model, Runs(encoded), metric, source, ablation).run(kept, Options.of(options), labels)
+    masks = Masks(model, Runs(model.encode(pairs)), metric, source, ablation)
+    return masks.run(kept, options or Options.of(more))
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,6 @@ class Masks:
         self,
         kept: Sequence[np.ndarray],
         options: Options,
-        labels: Sequence[object] | None = None,
         trunk: np.ndarray | None = None,
     ) -> Effects:
         """The metric of circuits given as kept-edge masks `[sender, receiver]`: dims (circuit, pair).
@@ -135,8 +135,7 @@ class Masks:
         shared = None if trunk is None else (possible & ~trunk).T.copy()
         cells = [Cell((i,), cut=(possible & ~mask).T.copy(), trunk=shared) for i, mask in enumerate(kept)]
         spec = {"circuits": [int(mask.sum()) for mask in kept], "ablation": self.ablation}
-        names = range(len(kept)) if labels is None else labels
-        resolved = given_cells(self.runs.encoded, "circuit", list(names), cells, spec)
+        resolved = given_cells(self.runs.encoded, "circuit", range(len(kept)), cells, spec)
         if isinstance(self.reference, str) and self.reference == "source":
             self.runs.need_source()
         asked = Experiment(
@@ -173,5 +172,5 @@ def run_circuit(
     reference = reference_of(model, pairs, ablation, prompts, metric)
     if not isinstance(circuit, Circuit):
         circuit = Circuit.from_nodes(circuit, model)
-    masks = Masks(model, Runs(model.encode(pairs)), metric, reference, ablation)
-    return masks.run([circuit.matrix(model)], how).values.values[0]
+    effects = run_masks(model, pairs, [circuit.matrix(model)], ablation, metric, reference=reference, options=how)
+    return effects.values.values[0]

@@ -12,7 +12,7 @@ import torch
 from ..errors import BackendError
 from ..metrics import Metric
 from ..models.steady import ordinary, steady
-from .trace import Done, Function, scores
+from .trace import Done, Function
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -22,19 +22,14 @@ if TYPE_CHECKING:
 class Backend(Protocol):
     """Runs programs in order and reports the result of each.
 
-    `function` is one of `engine.trace`; by default the result is the metric `[scored]`. `weights_here`: whether the model on
+    `function` is one of `engine.trace`, and says what a result is. `weights_here`: whether the model on
     this machine has its weights.
     """
 
     weights_here: bool
 
     def run(
-        self,
-        model: Model,
-        programs: list[Program],
-        metric: Metric | None,
-        done: Done,
-        function: Function = scores,
+        self, model: Model, programs: list[Program], metric: Metric | None, done: Done, function: Function
     ) -> None: ...
 
 
@@ -43,14 +38,7 @@ class Local:
 
     weights_here = True
 
-    def run(
-        self,
-        model: Model,
-        programs: list[Program],
-        metric: Metric | None,
-        done: Done,
-        function: Function = scores,
-    ) -> None:
+    def run(self, model: Model, programs: list[Program], metric: Metric | None, done: Done, function: Function) -> None:
         """Every program in order; `done(index, result)` after each."""
         with steady(model):
             function(model.nn, model.taps, ordinary(programs), metric, done)

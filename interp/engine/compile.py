@@ -54,8 +54,7 @@ class Batch:
         every = sorted([*helpers, *rows], key=lambda row: row.stage)
         early = tuple(row for row in every if not grow or row.stage < 0)
         late = tuple(row for row in every if grow and row.stage >= 0)
-        made = cls(context, runs, early, late, width or 0, start)
-        return made if width else cls(context, runs, early, late, max(map(len, made.prompts)), start)
+        return cls(context, runs, early, late, width or max(len(context.runs.prompt(*run)) for run in runs), start)
 
     @cached_property
     def place(self) -> dict[tuple[int, bool], int]:
@@ -80,16 +79,11 @@ class Batch:
     @cached_property
     def prompts(self) -> list[Tokens]:
         """Token ids of the rows that run from the embedding on."""
-        return [*(self.prompt(*run) for run in self.runs), *(self.prompt(row.pair, False) for row in self.early)]
-
-    def prompt(self, pair: int, source: bool) -> Tokens:
-        """Token ids of a run."""
-        runs = self.context.runs
-        return runs.source[pair] if source and runs.source is not None else runs.base[pair]
+        return [self.context.runs.prompt(*run) for run in (*self.runs, *((row.pair, False) for row in self.early))]
 
     def shift(self, pair: int, source: bool) -> int:
         """The column of a run's first token."""
-        return self.width - len(self.prompt(pair, source)) - self.start
+        return self.width - len(self.context.runs.prompt(pair, source)) - self.start
 
     def copied(self, row: Row) -> int:
         """The row that this one is a copy of until its stage: its trunk, or the base run."""

@@ -105,6 +105,10 @@ class Runs:
         known = self.encoded.corrupted is not None and self.encoded.aligned
         return self.encoded.first_difference if known else None
 
+    def prompt(self, pair: int, source: bool) -> Tokens:
+        """Token ids of a run; the base run's where there is no source run."""
+        return self.source[pair] if source and self.source is not None else self.base[pair]
+
     def answer_at(self, pair: int, source: bool) -> int:
         """The position in the base (or source) prompt whose logits are read."""
         clean = source != self.noising

@@ -117,9 +117,7 @@ def send_all(model: Model, work: Work[P], put: Callable[[P, Any], None]) -> None
         sent = list(waiting)[:count]
         said, prepared = send(model, work, sent, done)
         if said is None:
-            count *= (
-                4  # all went well: more at once again; few before, since a server that fails repeats all that was sent
-            )
+            count *= 4  # more at once again: it was one, since a server that fails repeats all that was sent
             continue
         gc.collect()
         if torch.cuda.is_initialized():
@@ -164,9 +162,8 @@ def send(model: Model, work: Work[P], pieces: Sequence[P], done: Callable[[P, An
         if owner is not None:
             done(owner, result)
 
-    function = () if work.function is scores else (work.function,)
     try:
-        model.backend.run(model, programs, work.metric, report, *function)
+        model.backend.run(model, programs, work.metric, report, work.function)
     except Exception as error:
         if not out_of_memory(error):
             raise

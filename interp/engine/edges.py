@@ -75,7 +75,7 @@ class CutReads(NamedTuple):
 class Edges:
     """Contributions seen so far in one forward pass, and the reads that they change."""
 
-    def __init__(self, taps: Taps, spec: dict[str, Any], start: int) -> None:
+    def __init__(self, taps: Taps, spec: dict[str, Any]) -> None:
         self.taps, self.spec, self.mode, self.order = taps, spec, spec["mode"], Order.of(taps)
         self.block: Envoy = None  # the block that runs
         self.hidden: Tensor | None = None  # what enters it `[row, position, d_model]`

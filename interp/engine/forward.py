@@ -68,6 +68,7 @@ def enter(run: Run, layer: int, block: Envoy) -> None:
         past.keys, past.values = (part[run.rows.to(part.device)] for part in run.below[layer])
     if run.edges is not None:
         run.edges.block = block
+    run.z = None  # of the block before
     sites = [(layer - 1, "resid_post"), (layer, "resid_pre")]
     if not grown and not any(run.stops_at(*site) for site in sites):
         return
@@ -181,7 +182,7 @@ def answer_logits(model: Envoy, run: Run) -> Tensor:
 
 
 def forward(model: Envoy, run: Run, metric: Callable[..., Tensor] | None, result: dict[str, Any]) -> None:
-    """Run one program inside an open trace, into `found`: metric `[scored]` in fp32, logits, reads {site: activation}."""
+    """Run one program inside an open trace, into `result`: metric `[scored]` in fp32, logits, reads {site: activation}."""
     result["reads"] = run.kept
     walk(model, run)
     if "readout" in run.program:

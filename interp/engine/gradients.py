@@ -19,7 +19,7 @@ from .views import by_part, parts_of, pulled
 if TYPE_CHECKING:
     from .program import Place, Program
 
-Gradients = dict[tuple[int, str], Tensor]
+Gradients = dict["Place", Tensor]
 #: Which of (query, key) is the source run's where the softmax is done exactly.
 EXCHANGED = {"pattern": (True, True), "q": (True, False), "k": (False, True)}
 

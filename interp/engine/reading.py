@@ -26,9 +26,18 @@ from .schedule import token_budget
 from .trace import Found, Function, execute
 
 
-def entry(layer: int, kind: str, op: str, row: int, **where: int) -> tuple[int, ...]:
-    """One row of the table of edits; `where` fills source, column, source_column, part, value (-1 = all or none)."""
-    return (layer, TABLE_KINDS.index(kind), OPS.index(op), row, *(where.get(name, -1) for name in FIELDS[4:]))
+def entry(layer: int, kind: str, op: str, row: int, views: Sequence[str] = (), **where: int) -> tuple[int, ...]:
+    """One row of the table of edits; `where` fills source, column, source_column, part, value (-1 = all or none).
+
+    `views`: names of the views that stand behind the kinds of sites, where the program has any.
+    """
+    return (
+        layer,
+        (*TABLE_KINDS, *views).index(kind),
+        OPS.index(op),
+        row,
+        *(where.get(name, -1) for name in FIELDS[4:]),
+    )
 
 
 def read_program(
@@ -110,7 +119,7 @@ def readings(
     return [Reading.of(group, make) for group in packed(lengths, max_tokens or token_budget(model))]
 
 
-def read_all(
+def run_readings(
     model: Model,
     pieces: Sequence[Reading],
     place: Callable[[Reading, Any], None],
@@ -147,9 +156,10 @@ def encode_prompts(model: Model, prompts: Any) -> EncodedPairs:
     )  # no answer is read: what stands last may be a special token
 
 
-def last_layer(model: Model, sites: Iterable[Place]) -> int:
+def last_layer(sites: Iterable[Place], views: Mapping[str, Seen]) -> int:
     """The last layer that must run for these sites; what stands behind a block is read as the next one begins."""
-    return max(max(0, layer) + max(0, KIND[kind].stage if kind in KIND else 0) for layer, kind in sites)
+    taps = [(layer, views[kind].tap if kind in views else kind) for layer, kind in sites]
+    return max(max(0, layer) + max(0, KIND[kind].stage) for layer, kind in taps)
 
 
 def packed(lengths: Sequence[int], budget: int) -> list[list[int]]:

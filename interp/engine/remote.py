@@ -18,7 +18,7 @@ from ..errors import BackendError, InterpError
 from ..metrics import Metric
 from ..models.layout import Envoy
 from ..views import Seen
-from .trace import Done, Function, scores
+from .trace import Done, Function
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -148,14 +148,7 @@ class Shipped:
             raise self.explain(error, function) from error
         return result
 
-    def run(
-        self,
-        model: Model,
-        programs: list[Program],
-        metric: Metric | None,
-        done: Done,
-        function: Function = scores,
-    ) -> None:
+    def run(self, model: Model, programs: list[Program], metric: Metric | None, done: Done, function: Function) -> None:
         """Run programs in as few requests as let progress be seen; only what `function` gives of them comes back.
 
         Raises:

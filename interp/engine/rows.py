@@ -151,7 +151,7 @@ def columns_of(place: Place, ends: Ends, known: int, context: Context) -> list[t
     columns = place.columns(context.runs.encoded, ends.pair)
     if columns is None:
         return None
-    columns = columns[::-1] if context.runs.direction == "denoising" else columns
+    columns = columns if context.runs.noising else columns[::-1]
     # before the first difference both runs hold the same at one position, so that taking it over changes nothing; taken to
     # another position it does
     return [(to, of) for to, of in zip(*columns, strict=True) if to >= known or of != to]

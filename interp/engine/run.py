@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from torch import Tensor
 
 from ..effects import Effects
 from ..encoded import EncodedPairs
@@ -140,7 +141,7 @@ def make_effects(
 
     if source is None:
         return Effects(values=array, clean=run(base), corrupted=None, provenance=record)
-    clean, corrupted = (base, source) if asked.runs.direction == "noising" else (source, base)
+    clean, corrupted = (base, source) if asked.runs.noising else (source, base)
     return Effects(values=array, clean=run(clean), corrupted=run(corrupted), provenance=record)
 
 
@@ -158,9 +159,9 @@ class Scored:
         self._gathered: np.ndarray | None = None
         self._missing: set[int] = set()  # scores of the chunk that is run in parts
 
-    def add(self, part: Part, result: object) -> int:
+    def add(self, part: Part, result: Tensor) -> int:
         """Put the scores of one part; a chunk in parts counts when its last one is there."""
-        scores = np.asarray(result.float().cpu().numpy())  # type: ignore[attr-defined]
+        scores = result.float().cpu().numpy()
         if part.divided:
             size = len(self.job.chunks[part.index].program["scored"])
             if self._gathered is None:

@@ -21,7 +21,7 @@ from ..models.model import Model
 from .compile import compile_chunk, gradient_program
 from .context import Context
 from .program import Place, Program
-from .reading import Reading, read_all
+from .reading import Reading, run_readings
 from .rows import Row, step_rows
 from .schedule import pack_pairs
 from .trace import execute_gradients
@@ -31,12 +31,16 @@ from .trace import execute_gradients
 FLAT = 1e-4
 
 
+#: The rows that estimates are wanted of: {pair: {number: row}}.
+Wanted = Mapping[int, Mapping[int, Row]]
+
+
 def midpoints(steps: int) -> tuple[float, ...]:
     """Interpolation points (i + ½)/steps: 0 is the base run, 1 the source run."""
     return tuple((index + 0.5) / steps for index in range(steps))
 
 
-class Gradients(TypedDict):
+class GradientSpec(TypedDict):
     """How gradients are taken: of which sites, at which fractions between the runs, and what is moved there.
 
     `moved`: one site for all ("ig": the input), or () for each site by itself ("ig-activations"); no `fractions`: at the base
@@ -51,7 +55,7 @@ class Gradients(TypedDict):
     by_edge: bool
 
 
-def program_of(context: Context, how: Gradients, wanted: dict[int, list[Row]], block: Sequence[int]) -> Program:
+def program_of(context: Context, how: GradientSpec, wanted: Wanted, block: Sequence[int]) -> Program:
     """The gradient program of a block of pairs."""
     steps, width = len(how["fractions"]), max(context.runs.lengths[pair] for pair in block)
     moved = list(how["moved"] or how["tape"]) if steps else []
@@ -83,16 +87,14 @@ def rows_by_site(
     }
 
 
-def source_columns(
-    context: Context, block: Sequence[int], wanted: dict[int, list[Row]], width: int
-) -> torch.Tensor | None:
+def source_columns(context: Context, block: Sequence[int], wanted: Wanted, width: int) -> torch.Tensor | None:
     """The source column that belongs to each base column `[pair, position]`; None where they are the same."""
     columns = torch.arange(width).repeat(len(block), 1)
     runs = context.runs
     assert runs.source is not None
     for place, pair in enumerate(block):
         shift, other = width - len(runs.base[pair]), width - len(runs.source[pair])
-        for row in wanted.get(pair, ()):
+        for row in wanted.get(pair, {}).values():
             for entry in row.entries:
                 if entry.column >= 0:
                     columns[place, entry.column + shift] = entry.source_column + other
@@ -109,9 +111,9 @@ class Estimates:
         self.source = np.full(pairs, np.nan, dtype=np.float32)
         self.slope = 0.0
         self.totals = [np.zeros(1)] * len(self.rows)  # of each row: the plain estimate, then one for each dropped layer
-        self.by_pair: dict[int, list[int]] = {}  # the numbers of each pair's rows
+        self.by_pair: dict[int, dict[int, Row]] = {}  # each pair's rows, by number
         for number, row in enumerate(rows):
-            self.by_pair.setdefault(row.pair, []).append(number)
+            self.by_pair.setdefault(row.pair, {})[number] = row
 
     def add(self, piece: Reading, result: dict) -> None:
         """Put what came back of one block: every entry of a row whose site it tells of."""
@@ -122,8 +124,8 @@ class Estimates:
         for place, pair in enumerate(piece.asked):
             self.base[pair], self.source[pair] = scores[2 * place], scores[2 * place + 1]
             shift = width - len(self.context.runs.base[pair])
-            for number in self.by_pair.get(pair, ()):
-                for entry in self.rows[number].entries:
+            for number, row in self.by_pair.get(pair, {}).items():
+                for entry in row.entries:
                     part = told.get((entry.layer, self.context.names[entry.kind]))
                     if part is None:
                         continue
@@ -154,11 +156,10 @@ def grad_drop(estimates: np.ndarray) -> float:
 
 
 def estimate(
-    model: Model, context: Context, rows: Sequence[Row], metric: Metric, how: Gradients, budget: int
+    model: Model, context: Context, rows: Sequence[Row], metric: Metric, how: GradientSpec, budget: int
 ) -> Estimates:
     """Estimates of rows: one gradient program for each block of pairs, and for each group of sites that move by themselves."""
     estimates = Estimates(context, rows)
-    wanted = {pair: [estimates.rows[number] for number in numbers] for pair, numbers in estimates.by_pair.items()}
     runs, steps = context.runs, len(how["fractions"])
     streams = runs.streams + (steps if how["moved"] else 0)
     pieces = []
@@ -169,10 +170,10 @@ def estimate(
             size = max(1, budget // (width * len(block) * steps))
             groups = [how["tape"][start : start + size] for start in range(0, len(how["tape"]), size)]
         for group in groups:
-            part: Gradients = {**how, "tape": group}
-            make = partial(program_of, context, part, wanted)
+            part: GradientSpec = {**how, "tape": group}
+            make = partial(program_of, context, part, estimates.by_pair)
             pieces.append(Reading.of(block, make))
-    read_all(model, pieces, estimates.add, execute_gradients, metric)
+    run_readings(model, pieces, estimates.add, execute_gradients, metric)
     return estimates
 
 
@@ -204,7 +205,7 @@ def edge_estimates(
     pieces = []
     for block in pack_pairs(runs.order, runs.lengths, runs.streams + len(fractions), budget):
         for site in groups:
-            how = Gradients(tape=[], fractions=fractions, moved=[site], drop=[], exact_qk=False, by_edge=True)
+            how = GradientSpec(tape=[], fractions=fractions, moved=[site], drop=[], exact_qk=False, by_edge=True)
             pieces.append(Reading.of(block, partial(program_of, context, how, {}), site))
-    read_all(model, pieces, add, execute_gradients, metric, bar)
+    run_readings(model, pieces, add, execute_gradients, metric, bar)
     return scores, change

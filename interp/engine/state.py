@@ -19,9 +19,8 @@ from .gradients import Tape
 from .views import by_part, index_of, parts_of, write_through
 
 if TYPE_CHECKING:
-    from .program import Program
+    from .program import Place, Program
 
-Place = tuple[int, str]
 #: What attention is called with: query, key, value, mask, and its keyword arguments.
 Core = dict[str, Any]
 
@@ -43,7 +42,7 @@ class Run:
         self.kept: dict[Place, Tensor] = {}
         self.first = program["first"]
         spec = program.get("edges")
-        self.edges = Edges(taps, spec, self.start) if spec is not None else None
+        self.edges = Edges(taps, spec) if spec is not None else None
         self.tape: Tape | None = None  # activations that gradients are taken of
         self.cache: Any = None
         self.below: list[tuple[Tensor, Tensor]] = []  # keys and values below the first position run, by layer

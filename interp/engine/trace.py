@@ -48,6 +48,14 @@ def resume(run: Run, prepared: Found) -> None:
         run.entering = stream[pick.to(stream.device), column:]
 
 
+def hand_on(index: int, result: Any, results: list[Any], done: Done | None) -> None:
+    """Keep a result, or give it to whoever waits for it: nothing is then held here."""
+    if done is None:
+        results.append(result)
+    else:
+        done(index, result)
+
+
 def execute(
     model: Envoy, taps: Taps, programs: list[Program], metric: Metric | None, done: Done | None = None
 ) -> list[Found]:
@@ -81,10 +89,7 @@ def execute(
                 "past": [(layer.keys, layer.values) for layer in run.cache.layers] if run.cache is not None else [],
                 "stream": {layer: result["reads"].pop((layer, "resid_pre")) for layer in keep},
             }
-        if done is None:
-            results.append(result)
-        else:
-            done(index, result)
+        hand_on(index, result, results, done)
     return results
 
 
@@ -113,10 +118,7 @@ def execute_gradients(
                 result["attributions"] = attributions(model, taps, program, run.tape, result["metric"])
             result["metric"] = result["metric"].detach()
             result["reads"] = {}
-        if done is None:
-            results.append(result)
-        else:
-            done(index, result)
+        hand_on(index, result, results, done)
     return results
 
 
@@ -142,8 +144,5 @@ def contributions(
             assert run.edges is not None
             written = nnsight.save(torch.cat([part[0].cpu() for part in run.edges.parts]))
             biases = nnsight.save(torch.cat([bias[:1].cpu() for bias in run.edges.biases]))
-        if done is None:
-            results.append((written, biases))
-        else:
-            done(index, (written, biases))
+        hand_on(index, (written, biases), results, done)
     return results

@@ -11,14 +11,14 @@ from torch import Tensor
 from ..edits import Group, apply_group
 from ..models.layout import Taps, part_index
 from ..sites import KIND
-from ..views import Seen, read_slice
+from ..views import Seen
 
 
 def by_part(taps: Taps, kind: str, x: Tensor) -> Tensor:
     """A kind's own part of its tap's tensor: `[row, position, head, d_head]`, `[row, position, unit]`, or all of it."""
     if KIND[kind].view != "slice":
         return x
-    part = read_slice(x, {"index": part_index(taps, kind)})
+    part = x[..., part_index(taps, kind).to(x.device)]
     return part[..., 0] if KIND[kind].axis == "unit" else part
 
 
@@ -27,16 +27,19 @@ def index_of(taps: Taps, kind: str) -> Tensor | None:
     return part_index(taps, kind) if KIND[kind].view == "slice" else None
 
 
-def parts_of(seen: Seen, x: Tensor) -> Tensor:
-    """What a view reads of x: `[row, position, part, width]`, also where its function leaves out a width of 1."""
-    parts = seen.read(x, seen.tensors)
+def wide(parts: Tensor) -> Tensor:
+    """Parts `[row, position, part, width]`, also from a function that leaves out a width of 1."""
     return parts.unsqueeze(-1) if parts.ndim == 3 else parts
+
+
+def parts_of(seen: Seen, x: Tensor) -> Tensor:
+    """What a view reads of x: `[row, position, part, width]`."""
+    return wide(seen.read(x, seen.tensors))
 
 
 def pulled(seen: Seen, gradient: Tensor) -> Tensor:
     """What a view makes of the gradient by its tap's tensor: `[row, position, part, width]`."""
-    parts = seen.pull(gradient, seen.tensors)
-    return parts.unsqueeze(-1) if parts.ndim == 3 else parts
+    return wide(seen.pull(gradient, seen.tensors))
 
 
 def moved(old: Tensor, groups: list[Group], values: Tensor | None) -> Tensor:
@@ -58,7 +61,7 @@ def write_through(x: Tensor, seen: Seen, groups: list[Group], values: Tensor | N
         for group in groups
     ]
     old = seen.read(x[rows.to(x.device)], seen.tensors)
-    new = moved(old.unsqueeze(-1) if old.ndim == 3 else old, own, values).reshape(old.shape)
+    new = moved(wide(old), own, values).reshape(old.shape)
     at, written = torch.searchsorted(rows, written).to(x.device), written.to(x.device)
     out = x.clone()
     out[written] = seen.write(x[written], old[at], new[at], seen.tensors).to(x.dtype)

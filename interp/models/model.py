@@ -17,7 +17,7 @@ from ..order import Order
 from ..pairs import EncodedPairs, PromptPairs
 from ..sites import KINDS, KV_KINDS, Site
 from .families import Family
-from .layout import Envoy, Taps
+from .layout import Envoy, Taps, count_of
 
 #: What every method rests on that follows or cuts edges, see `interp.audit.laws`.
 EDGE_LAWS = ("senders", "receivers")
@@ -160,7 +160,7 @@ class Model:
 
     def heads_of(self, kind: str) -> int:
         """How many heads a kind of site has in each layer: key/value heads for k, v and k_rot."""
-        return self.n_kv_heads if kind in KV_KINDS else self.n_heads
+        return count_of(self.taps, kind)
 
     @property
     def order(self) -> Order:

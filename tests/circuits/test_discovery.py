@@ -12,10 +12,11 @@ import torch
 
 import interp
 from interp import PromptPairs
+from interp.cells import Resolved
 from interp.circuits import Circuit, Facts, compare_circuits, discover, discovery
 from interp.circuits import acdc as acdc_module
 from interp.circuits.acdc import acdc
-from interp.engine.context import Runs
+from interp.engine.context import Experiment, Runs
 from interp.errors import CheckpointError, CircuitError, MetricError, PairsError
 from interp.options import Options
 
@@ -193,11 +194,11 @@ def test_acdc_is_the_loop_of_one_at_a_time(family: str) -> None:
 def test_acdc_is_the_same_whatever_the_batch_and_batches_save_passes() -> None:
     model, pairs, metric = loaded("gpt2"), two_pairs(), interp.logit_diff
     within = discover(model, pairs, "eap", progress=False).top(n_edges=50)
-    runs = Runs(model.encode(pairs))
+    asked = Experiment(model, Runs(model.encode(pairs)), Resolved((), (), {}), metric, "acdc")
     seen, stop = count_forwards(model)
-    batched = acdc(model, runs, metric, within, 0.3, {}, Options(progress=False))
+    batched = acdc(asked, within, 0.3, {}, Options(progress=False))
     together = len(seen)
-    single = acdc(model, runs, metric, within, 0.3, {}, Options(progress=False), ahead=1)
+    single = acdc(asked, within, 0.3, {}, Options(progress=False), ahead=1)
     stop()
     assert batched.edges == single.edges and 5 < batched.n_edges < 40
     assert list(batched.scores().values()) == pytest.approx(list(single.scores().values()), abs=2e-5)

@@ -57,10 +57,10 @@ class Small(Local):
         self.passed: list[float] = []
         self.failures = 0
 
-    def run(self, model: Model, programs: list[dict[str, Any]], metric: Any, done: Any) -> None:
+    def run(self, model: Model, programs: list[dict[str, Any]], metric: Any, done: Any, function: Any) -> None:
         sizes = [self.cost(program) for program in programs]
         fitting = next((n for n, size in enumerate(sizes) if size > self.capacity), len(sizes))
-        super().run(model, programs[:fitting], metric, done)
+        super().run(model, programs[:fitting], metric, done, function)
         self.passed += sizes[:fitting]
         if fitting < len(sizes):
             self.failures += 1
@@ -70,10 +70,10 @@ class Small(Local):
 class Server(Small):
     """All or nothing: a request that fails reports no program, and its error is text from the other side."""
 
-    def run(self, model: Model, programs: list[dict[str, Any]], metric: Any, done: Any) -> None:
+    def run(self, model: Model, programs: list[dict[str, Any]], metric: Any, done: Any, function: Any) -> None:
         found: list[tuple[int, torch.Tensor]] = []
         try:
-            super().run(model, programs, metric, lambda *result: found.append(result))
+            super().run(model, programs, metric, lambda *result: found.append(result), function)
         except torch.OutOfMemoryError as error:
             raise BackendError(f"the server failed in 'scores': OutOfMemoryError: {error}\n--- traceback ---") from None
         for result in found:

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import networkx as nx
 
+from interp.sites import TABLE_KINDS
+
 #: Names of kinds of sites; where they are told apart by name, and which files may: the table of kinds, the table of families.
-KINDS = (
-    "embed", "resid_pre", "q", "k", "v", "q_rot", "k_rot", "pattern", "z", "head_out", "attn_out", "resid_mid", "mlp_pre",
-    "neuron", "mlp_out", "resid_post", "logits", "mlp_in",
-)  # fmt: skip
+KINDS = frozenset(TABLE_KINDS)
 TABLES = ("sites.py", "models/families.py")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
