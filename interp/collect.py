@@ -161,7 +161,7 @@ def collect_activations(
         raise PlanError(f"dtype={dtype!r} is no type of torch; use e.g. torch.float16")
     sites = sites_of(model, layer, component)
     budget = batch_tokens or max(token_budget(model), CPU_BATCH if model.device.type == "cpu" else 0)
-    element = (dtype or model.dtype).itemsize * sum(width_of(model, site) for _, site in sites)
+    element = (dtype or model.dtype).itemsize * sum(model.width_of(site) for _, site in sites)
     request = Request(
         model,
         sites,
@@ -225,16 +225,6 @@ def sites_of(model: Model, layer: Any, component: Any) -> tuple[tuple[str, Site]
             site = model.require(Site(kind, layer=number))
             made[str(site)] = site
     return tuple(made.items())
-
-
-def width_of(model: Model, site: Site) -> int:
-    """How many numbers of a site each token has."""
-    if site.view is not None:
-        return site.view.parts
-    facts = site.facts
-    parts = model.heads_of(site.kind) if facts.axis.endswith("head") else 1
-    width = {"d_model": model.d_model, "d_head": model.d_head, "d_mlp": model.d_mlp or 0}[facts.width]
-    return parts * width
 
 
 def places_of(positions: Any) -> tuple[int, ...] | None:
@@ -321,7 +311,7 @@ def run_window(request: Request, prompts: Sequence[Prompt]) -> Window:
     pieces = [Reading.of(group, program) for group in groups if any(prompts[i].places for i in group)]
     run_readings(model, pieces, put)
     for name, site in request.sites:
-        values.setdefault(name, torch.empty(0, width_of(model, site), dtype=request.dtype))
+        values.setdefault(name, torch.empty(0, model.width_of(site), dtype=request.dtype))
     places = [(prompt.text, place) for prompt in prompts for place in prompt.places]
     return Window(values, torch.tensor(places, dtype=torch.int32).reshape(-1, 2), len(prompts))
 

@@ -54,6 +54,11 @@ class StoredActivations:
         """Sites that were collected, as text."""
         return tuple(self.facts["sites"])
 
+    def width(self, name: str) -> int:
+        """Numbers of a row of one site, over all of its heads. PlanError: no such site. CheckpointError: a damaged shard."""
+        shape = next(iter(self.shards(name)), torch.empty(0, 0)).shape
+        return int(shape[1:].numel())
+
     def shards(self, name: str | None = None) -> Iterator[Tensor]:
         """Activations `[token, …]` of one shard after another; `name` may be left out where there is one site.
 

@@ -40,8 +40,8 @@ class Kind(NamedTuple):
     hook: str = ""  # TransformerLens's name below `blocks.N.`
 
 
-#: Every kind of site, in the order in which a forward pass reaches them inside a block. `mlp_in`, what an MLP receives
-#: behind its norm, stands in tables that travel: only paths and circuits write it.
+#: Every kind of site, in the order in which a forward pass reaches them inside a block. `mlp_in` is what an MLP receives,
+#: behind its norm.
 TABLE = (
     Kind("embed", layered=False, stage=-1, sends=True),
     Kind("resid_pre", hook="hook_resid_pre"),
@@ -55,18 +55,17 @@ TABLE = (
     Kind("head_out", "head", "decoder", through="z", sends=True, hook="attn.hook_result"),
     Kind("attn_out", branch=True, hook="hook_attn_out"),
     Kind("resid_mid", tensor="shared", hook="hook_resid_mid"),
+    Kind("mlp_in", tensor="own"),
     Kind("mlp_pre", "unit", "slice", "d_mlp", hook="mlp.hook_pre"),
     Kind("neuron", "unit", "slice", "d_mlp", hook="mlp.hook_post"),
     Kind("mlp_out", branch=True, sends=True, reads="mlp", hook="hook_mlp_out"),
     Kind("resid_post", stage=1, hook="hook_resid_post"),
     Kind("logits", width="", layered=False, reads="logits"),
-    Kind("mlp_in", tensor="own"),
 )
 #: The table by name.
 KIND = {kind.name: kind for kind in TABLE}
 #: Names that travel as their number.
-TABLE_KINDS = tuple(KIND)
-KINDS = TABLE_KINDS[:-1]
+KINDS = tuple(KIND)
 #: Kinds whose activation has a head axis; k, v and k_rot are counted by key/value head.
 HEAD_KINDS = tuple(kind.name for kind in TABLE if kind.axis.endswith("head"))
 KV_KINDS = tuple(kind.name for kind in TABLE if kind.axis == "kv head")
@@ -86,6 +85,8 @@ class Coordinates(Protocol):
     def tap(self) -> Site: ...
     @property
     def parts(self) -> int: ...
+    @property
+    def width(self) -> int | None: ...
 
 
 _TEXT = re.compile(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import PlanError
-from .sites import KIND, TABLE_KINDS, Site
+from .sites import KIND, KINDS, Site
 
 Tensors = dict[str, Tensor]
 Read = Callable[[Tensor, Tensors], Tensor]
@@ -45,9 +45,9 @@ class Seen(NamedTuple):
 
 
 def write_decoded(x: Tensor, old: Tensor, new: Tensor, tensors: Tensors) -> Tensor:
-    """x + D(new − old): parts that do not change add nothing, whatever they are."""
-    decoder = tensors["decoder"].to(x.device, x.dtype)
-    return x + (new - old).flatten(2) @ decoder.flatten(0, -2)
+    """x + D(new − old): parts that do not change add nothing, whatever they are. Summed in the type of the parts."""
+    step = (new - old).flatten(2)
+    return x + (step @ tensors["decoder"].to(x.device, step.dtype).flatten(0, -2)).to(x.dtype)
 
 
 def pull_decoded(gradient: Tensor, tensors: Tensors) -> Tensor:
@@ -99,8 +99,8 @@ class View:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z]\w*", self.name) or self.name in TABLE_KINDS:
-            raise PlanError(f"a view cannot be named {self.name!r}: a word, and none of {', '.join(TABLE_KINDS)}")
+        if not re.fullmatch(r"[A-Za-z]\w*", self.name) or self.name in KINDS:
+            raise PlanError(f"a view cannot be named {self.name!r}: a word, and none of {', '.join(KINDS)}")
         tap = self.tap
         if tap.kind not in KIND or KIND[tap.kind].width == "" or KIND[tap.kind].view in ("decoder", "mixture"):
             raise PlanError(f"view {self.name!r} is at {tap}, which has no tensor of its own; take e.g. 'resid_post'")
@@ -126,6 +126,11 @@ class View:
     def tap(self) -> Site:
         """The site whose tensor it is a view of; without a layer where it is one for all."""
         return Site(self.at) if isinstance(self.at, str) and "." not in self.at else Site.parse(self.at)
+
+    @property
+    def width(self) -> int | None:
+        """How many numbers its tap's tensor has; None where only its functions know."""
+        return None if self.decoder is None else int(self.decoder.shape[-1])
 
     def site(self, layer: int | None = None, unit: int | None = None, position: int | None = None) -> Site:
         """A site of this view, `L3.rotated[5]@-1`: one part (`unit`) or all of them; PlanError: another layer than its own."""

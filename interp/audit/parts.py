@@ -89,6 +89,12 @@ class Parts:
         assert self.family.down is not None
         return self.normed(self.family.post_mlp, at(self.block, self.family.down)(neuron)) * self.branch
 
+    def through_mlp(self, x: Tensor) -> Tensor:
+        """What the MLP adds to the stream, from what it receives."""
+        out = at(self.block, self.family.mlp)(x)
+        out = out[0] if isinstance(out, tuple) else out
+        return self.normed(self.family.post_mlp, out) * self.branch
+
     def activation(self) -> Any:
         """The MLP's activation function, or None where it has no name that is known."""
         mlp = at(self.block, self.family.mlp)

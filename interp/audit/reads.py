@@ -26,7 +26,7 @@ def read_all(model: Model, prompt: Sequence[int]) -> tuple[dict[str, Any], list[
     findings: list[Finding] = []
 
     def run() -> dict[str, Any]:
-        reads = [(layer, kind) for layer in range(model.n_layers) for kind in (*kinds, "value", "mlp_in")]
+        reads = [(layer, kind) for layer in range(model.n_layers) for kind in (*kinds, "value")]
         return read(model, [prompt], [*reads, (-1, "embed")])
 
     try:
@@ -63,6 +63,8 @@ def check_reads(
             yield compare("attn_out", "read", layer, pre + here["attn_out"], mid, beside=operands)
             yield compare("resid_mid", "read", layer, mid + here["mlp_out"], post, beside=(mid, *operands))
         yield from check_attention_reads(model, parts, here)
+        entered = parts.normed(model.family.norm2, here.get("resid_mid", pre))
+        yield compare("mlp_in", "read", layer, here["mlp_in"], entered)
         if "neuron" in here:
             yield compare("neuron", "read", layer, parts.mlp_out(here["neuron"]), here["mlp_out"])
             yield check_units(parts, here["mlp_pre"], here["neuron"])

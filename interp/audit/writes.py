@@ -126,6 +126,7 @@ class Trial:
             yield from self._stream("resid_mid", family.norm2)
         yield from self._last_stream()
         yield from self._attention(has)
+        yield self._mlp_input()
         if "neuron" in has:
             yield from self._units()
 
@@ -141,6 +142,16 @@ class Trial:
         operands = [self.get(part, kind) for part in (("attn_out",) if kind == "resid_pre" else ()) + ("mlp_out",)]
         want = sum(operands, self.get(kind, None) + self.at_place(self.delta[kind], moved))
         yield self.expect(kind, self.get("resid_post", kind), want, beside=[self.get(kind, kind), *operands])
+
+    def _mlp_input(self) -> Finding:
+        """What an MLP receives moves its first projection, or where experts hide that, what it adds to the stream."""
+        before = self.get("mlp_in", None)
+        x = before + self.at_place(self.delta["mlp_in"], before)
+        if "mlp_pre" in self.row_of:
+            module = at(self.parts.block, self.model.family.mlp_pre or "")
+            want, still = (module(entered)[..., : self.model.d_mlp] for entered in (x, before))
+            return self.expect("mlp_in", self.get("mlp_pre", "mlp_in"), want, still)
+        return self.expect("mlp_in", self.get("mlp_out", "mlp_in"), self.parts.through_mlp(x))
 
     def _last_stream(self) -> Iterator[Finding]:
         kind = "resid_post"

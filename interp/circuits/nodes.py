@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import CircuitError, SiteError
 from ..order import READERS, Order
-from ..sites import KIND, RECEIVERS, SENDERS, TABLE_KINDS, Site
+from ..sites import KIND, RECEIVERS, SENDERS, KINDS, Site
 
 EMBED, LOGITS = Site("embed"), Site("logits")
 #: The kind of site that stands for each reader of `interp.order`.
@@ -212,4 +212,4 @@ def order(site: Site) -> tuple[int, int, int]:
     """Sort key of a node in the order of the forward pass; a head comes after its inputs."""
     if site.layer is None:
         return (-1 if site == EMBED else 1 << 30, 0, 0)
-    return (site.layer, TABLE_KINDS.index(site.kind), site.head or 0)
+    return (site.layer, KINDS.index(site.kind), site.head or 0)

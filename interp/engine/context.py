@@ -18,7 +18,7 @@ from ..metrics import Metric
 from ..models.layout import Taps, part_index
 from ..models.model import Model
 from ..order import Order
-from ..sites import TABLE_KINDS, Site
+from ..sites import KINDS, Site
 from ..tokens import Tokens
 from ..views import Seen, View
 
@@ -158,7 +158,7 @@ class Context:
     @cached_property
     def kinds(self) -> dict[str, int]:
         """The number of each kind of site, and of each view, in tables of edits."""
-        return {name: number for number, name in enumerate((*TABLE_KINDS, *self.views))}
+        return {name: number for number, name in enumerate((*KINDS, *self.views))}
 
     @cached_property
     def names(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..models.layout import Envoy, Taps, at, attention_pattern, attention_scores, output_matrix, part_index
 from ..sites import KIND
-from .views import by_part, parts_of, pulled
+from .views import by_part, parts_of, pulled, there
 
 if TYPE_CHECKING:
     from .program import Place, Program
@@ -107,6 +107,7 @@ def product(model: Envoy, taps: Taps, program: Program, tape: Tape, gradients: G
     seen = (program.get("views") or {}).get(kind)
     if seen is not None:
         tap = (layer, seen.tap)
+        seen = there(seen, tape.value[tap].device)
         change = difference(program, parts_of(seen, tape.value[tap]))
         return (change * pulled(seen, averaged(program, gradients[tap], steps))).sum(-1)
     facts = KIND[kind]

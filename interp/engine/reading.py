@@ -17,7 +17,7 @@ from ..models.model import Model
 from ..models.steady import steady
 from ..pairs import PromptPairs
 from ..prompts import prompts_of
-from ..sites import KIND, TABLE_KINDS
+from ..sites import KIND, KINDS
 from ..views import Seen
 from .compile import inputs_of
 from .door import Work, do
@@ -33,7 +33,7 @@ def entry(layer: int, kind: str, op: str, row: int, views: Sequence[str] = (), *
     """
     return (
         layer,
-        (*TABLE_KINDS, *views).index(kind),
+        (*KINDS, *views).index(kind),
         OPS.index(op),
         row,
         *(where.get(name, -1) for name in FIELDS[4:]),

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..edits import apply_group, group_edits
 from ..models.layout import Taps
-from ..sites import KIND, TABLE_KINDS
+from ..sites import KIND, KINDS
 from .edges import Edges
 from .gradients import Tape
-from .views import by_part, index_of, parts_of, write_through
+from .views import by_part, index_of, parts_of, there, write_through
 
 if TYPE_CHECKING:
     from .program import Place, Program
@@ -32,8 +32,8 @@ class Run:
         self.taps, self.program = taps, program
         self.start = program["inputs"]["input_ids"].shape[0]
         self.rows = torch.arange(self.start)
-        self.views = program.get("views") or {}
-        self.edits = group_edits(program["edits"], [*TABLE_KINDS, *self.views])
+        self.views = dict(program.get("views") or {})
+        self.edits = group_edits(program["edits"], [*KINDS, *self.views])
         self.values = program["values"]
         self.reads = set(program["reads"])
         self.active: set[Place] = set()
@@ -91,8 +91,9 @@ class Run:
             x = x if fresh else x.clone()
             for group in groups:
                 apply_group(x, group, self.values.get(site), index)
-        views = [name for name, view in self.views.items() if view.tap == kind]
+        views = [name for name, view in self.views.items() if view.tap == kind and (layer, name) in self.active]
         for name in views:
+            self.views[name] = there(self.views[name], x.device)
             if own := self.edits.get((layer, name)):
                 written = write_through(x, self.views[name], own, self.values.get((layer, name)))
                 groups, x = own, written if live is None else x.copy_(written)

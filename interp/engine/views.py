@@ -32,6 +32,13 @@ def wide(parts: Tensor) -> Tensor:
     return parts.unsqueeze(-1) if parts.ndim == 3 else parts
 
 
+def there(seen: Seen, device: torch.device) -> Seen:
+    """The view with its tensors where the model's are; the same where they are there already."""
+    if all(tensor.device == device for tensor in seen.tensors.values()):
+        return seen
+    return seen._replace(tensors={name: tensor.to(device) for name, tensor in seen.tensors.items()})
+
+
 def parts_of(seen: Seen, x: Tensor) -> Tensor:
     """What a view reads of x: `[row, position, part, width]`."""
     return wide(seen.read(x, seen.tensors))

@@ -173,6 +173,14 @@ class Model:
         assert self.d_mlp is not None
         return self.d_mlp
 
+    def width_of(self, site: Site) -> int:
+        """How many numbers of a site each token has, over all of its heads or units; of a view its parts."""
+        if site.view is not None:
+            return site.view.parts
+        facts = site.facts
+        parts = self.heads_of(site.kind) if facts.axis.endswith("head") else 1
+        return parts * {"d_model": self.d_model, "d_head": self.d_head, "d_mlp": self.d_mlp or 0}[facts.width]
+
     def require(self, site: Site) -> Site:
         """The site with its layer counted from 0, if this model has it.
 
@@ -190,6 +198,11 @@ class Model:
             raise SiteUnavailableError(
                 f"{self.family.name} models have no {tap.kind}: {self.family.missing[tap.kind]}; they have "
                 + ", ".join(kind for kind in KINDS if kind not in self.family.missing)
+            )
+        if site.view is not None and tap.facts.view == "whole" and site.view.width not in (None, self.d_model):
+            raise SiteError(
+                f"view {site.kind!r} is of {site.view.width} numbers, but {tap.kind} of {self.name} has {self.d_model}; "
+                "it belongs to another model or site"
             )
         layer = site.layer
         if site.facts.layered:

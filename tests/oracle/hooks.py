@@ -25,7 +25,7 @@ from .names import columns, kv_heads, names_of, output_matrix
 
 KINDS = (
     "embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "q_rot", "k_rot",
-    "z", "head_out", "pattern", "mlp_pre", "neuron",
+    "z", "head_out", "pattern", "mlp_in", "mlp_pre", "neuron",
 )  # fmt: skip
 #: Kinds that are taken from the dot product itself, which only eager attention spells out.
 DOT_PRODUCT_KINDS = ("q_rot", "k_rot", "pattern")
@@ -204,7 +204,8 @@ class Oracle:
             if any(kind in DOT_PRODUCT_KINDS for kind, _ in sites):
                 here = {site: partial(rewrite, *site) for site in sites if site[0] in DOT_PRODUCT_KINDS}
                 stack.enter_context(dot_products(self, here, len(rows)))
-            for kind, layer in sorted(sites):
+            # the stream first: where no norm stands before an MLP, its input is the stream's own tensor
+            for kind, layer in sorted(sites, key=lambda site: (site[0] != "resid_mid", site)):
                 if kind not in DOT_PRODUCT_KINDS:
                     self._hook(stack, kind, layer, partial(rewrite, kind, layer), len(rows))
             logits = self.model(torch.tensor([list(ids)] * len(rows), device=self.model.device), use_cache=False).logits
@@ -251,7 +252,7 @@ class Oracle:
 
             handle = self.part(layer, "o").register_forward_hook(lambda _, args, output: add(output, args[0]))
             stack.callback(handle.remove)
-        elif kind == "mlp_in":  # what the MLP reads, after its norm: no site, but paths end there
+        elif kind == "mlp_in":  # what the MLP reads, after its norm
             self._edit(stack, self.part(layer, "mlp"), "in", lambda t: change(apart(t)).view(t.shape))
         elif kind in ("mlp_pre", "neuron"):
             if not names.down:

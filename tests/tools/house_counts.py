@@ -13,10 +13,10 @@ from pathlib import Path
 
 import networkx as nx
 
-from interp.sites import TABLE_KINDS
+from interp.sites import KINDS as NAMES
 
 #: Names of kinds of sites; where they are told apart by name, and which files may: the table of kinds, the table of families.
-KINDS = frozenset(TABLE_KINDS)
+KINDS = frozenset(NAMES)
 TABLES = ("sites.py", "models/families.py")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -1,0 +1,82 @@
+"""SAELens, imported when it is first needed, and what this room asks of its dictionaries."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from functools import cache
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Metadata(Protocol):
+    """What is known of a dictionary beside its weights: any name; None where nothing is known."""
+
+    def get(self, key: str, default: Any = None) -> Any: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def __setitem__(self, key: str, value: Any) -> None: ...
+
+
+class Config(Protocol):
+    """What all configurations of SAELens have."""
+
+    d_in: int
+    d_sae: int
+    normalize_activations: str
+    metadata: Metadata
+
+    def architecture(self) -> str: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class Dictionary(Protocol):
+    """An autoencoder or transcoder of SAELens, for training or for use. W_enc `[d_in, d_sae]`, W_dec `[d_sae, d_out]`."""
+
+    cfg: Config
+    W_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    device: torch.device
+    dtype: torch.dtype
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, feature_acts: Tensor) -> Tensor: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> Any: ...
+
+    def parameters(self) -> Any: ...
+
+
+@cache
+def sae_lens() -> ModuleType:
+    """The package. Its import takes about 12 s, exchanges the process's stdout and stderr and sets a variable of the
+    environment: both are put back."""
+    streams, environment = (sys.stdout, sys.stderr), dict(os.environ)
+    try:
+        import sae_lens
+    finally:
+        sys.stdout, sys.stderr = streams
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+    return sae_lens
+
+
+def is_training(sae: Dictionary) -> bool:
+    """Whether a dictionary is in the form that is trained."""
+    return isinstance(sae, sae_lens().TrainingSAE)
+
+
+def is_transcoder(sae: Dictionary) -> bool:
+    """Whether it reads one site and writes another."""
+    return "transcoder" in sae.cfg.architecture()
