@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import tasks
+from .edits import Edit
 from .effects import Effects
 from .metrics import kl, log_prob, logit_diff, prob, rank
 from .models.loading import load_model
@@ -21,51 +22,65 @@ if TYPE_CHECKING:
     from .attribution import attribute
     from .circuits import Circuit, discover, evaluate_circuit, iterative_pruning, run_circuit
     from .collect import collect_activations
+    from .corpora import corpus
     from .direct import direct_effects
     from .lens import logit_lens
-    from .plots import plot_activation_patching_results, plot_attention, plot_circuit_graph
+    from .plots import plot_activation_patching_results, plot_attention, plot_circuit_graph, plot_features
+    from .saes import SparseAutoencoder, evaluate_sae, load_sae, save_sae, train_sae
     from .tracing import causal_trace
 
 #: Names that are imported when they are first asked for, and the room that has them: bokeh and networkx are slow to import.
 _LATER = {
     "Circuit": ".circuits",
+    "SparseAutoencoder": ".saes",
     "ablate": ".ablation",
     "attribute": ".attribution",
     "causal_trace": ".tracing",
     "collect_activations": ".collect",
+    "corpus": ".corpora",
     "direct_effects": ".direct",
     "discover": ".circuits",
     "evaluate_circuit": ".circuits",
+    "evaluate_sae": ".saes",
     "iterative_pruning": ".circuits",
+    "load_sae": ".saes",
     "logit_lens": ".lens",
     "plot_activation_patching_results": ".plots",
     "plot_attention": ".plots",
     "plot_circuit_graph": ".plots",
+    "plot_features": ".plots",
     "run_circuit": ".circuits",
+    "save_sae": ".saes",
+    "train_sae": ".saes",
 }
 
 __all__ = [
     "Circuit",
+    "Edit",
     "Effects",
     "Model",
     "Plan",
     "PromptPairs",
     "Site",
+    "SparseAutoencoder",
     "View",
     "ablate",
     "attribute",
     "causal_trace",
     "collect_activations",
     "comprehensive_activation_patching",
+    "corpus",
     "direct_effects",
     "discover",
     "evaluate_circuit",
+    "evaluate_sae",
     "features",
     "grid",
     "heads",
     "iterative_pruning",
     "kl",
     "load_model",
+    "load_sae",
     "log_prob",
     "logit_diff",
     "logit_lens",
@@ -75,17 +90,20 @@ __all__ = [
     "plot_activation_patching_results",
     "plot_attention",
     "plot_circuit_graph",
+    "plot_features",
     "prob",
     "rank",
     "run_circuit",
+    "save_sae",
     "set_seed",
     "sets",
     "tasks",
+    "train_sae",
 ]
 
 
 #: Rooms that have more than the names above, as `interp.plots.plot_circuit_matrix`.
-_ROOMS = ("circuits", "lens", "plots")
+_ROOMS = ("circuits", "lens", "plots", "saes")
 
 
 def __getattr__(name: str) -> Any:

@@ -8,9 +8,9 @@ on disk.
 from __future__ import annotations
 
 import hashlib
-import sys
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -18,82 +18,37 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .cells import integers
-from .engine.identity import value_digest, weights_digest
 from .engine.program import Program
 from .engine.reading import Reading, last_layer, packed, read_program, run_readings
 from .engine.schedule import token_budget
 from .engine.trace import Found
-from .errors import CheckpointError, PairsError, PlanError
+from .errors import CheckpointError, PlanError
 from .files import path_of
 from .models.model import Model
 from .options import refuse_unknown
 from .pairs import PromptPairs
-from .prompts import prompts_of
 from .shards import Step, StoredActivations, begun_sizes, write_shards
-from .sites import KIND, Site
-from .tokens import Text
-from .views import Seen, View
+from .sites import Site
+from .views import View
+from .windows import (
+    Cut,
+    Prompt,
+    Request,
+    Window,
+    bar_of,
+    places_of,
+    prompts_from,
+    sites_of,
+    windows,
+    without_massive,
+)
 
 Collected = Tensor | dict[str, Tensor]
 #: A window holds this many batches, and no more than so many bytes of activations.
 BATCHES, WINDOW_BYTES = 32, 2**28
 #: Without patches there is nothing to save by running less at once; 4,096 tokens and more no longer fit a CPU's caches.
 CPU_BATCH = 2048
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is collected from each text: sites by name, positions, and how texts become prompts and batches."""
-
-    model: Model
-    sites: tuple[tuple[str, Site], ...]  # ("L6.mlp_out", Site("mlp_out", layer=6)), …
-    positions: tuple[int, ...] | None
-    keep_prefix: bool
-    max_length: int | None
-    dtype: torch.dtype
-    batch_tokens: int
-    window_tokens: int
-
-    @property
-    def views(self) -> dict[str, Seen]:
-        """The views among the sites, by name, with all of their parts."""
-        return {site.kind: site.view.seen() for _, site in self.sites if isinstance(site.view, View)}
-
-    def facts(self) -> dict[str, Any]:
-        """All that the numbers depend on, as plain data, but for the texts."""
-        return {
-            "model": self.model.name,
-            "revision": self.model.revision,
-            "weights": weights_digest(self.model.hf),
-            "prefix": self.model.prefix,
-            "sites": [name for name, _ in self.sites],
-            "positions": None if self.positions is None else list(self.positions),
-            "keep_prefix": self.keep_prefix,
-            "max_length": self.max_length,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            **({"views": value_digest(self.views)} if self.views else {}),
-        }
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One text as tokens, and the positions that are collected from it."""
-
-    text: int
-    ids: tuple[int, ...]
-    places: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Window:
-    """Activations `[token, …]` by site, in the order of the texts, (text, position) `[token, 2]` of each row."""
-
-    values: dict[str, Tensor]
-    index: Tensor
-    texts: int
 
 
 class CollectOptions(TypedDict, total=False):
@@ -104,6 +59,10 @@ class CollectOptions(TypedDict, total=False):
     stream: bool
     to_disk: str | Path | None
     progress: bool | None
+    context: int | None
+    documents: bool
+    drop: Sequence[str]
+    tokens: int | None
 
 
 def collect_activations(
@@ -131,11 +90,17 @@ def collect_activations(
             it is no token of the text and its activations are far outliers. Token ids are taken as they are.
         batch_tokens: tokens in one forward pass, padding included; by default what the device takes.
         max_length: texts are cut to this many tokens (prefix included).
+        context: rows of this many tokens (prefix included) are cut from each text, to its end; `documents=False`: from all
+            texts behind one another. The index still names text and position of every token.
+        drop: what is left out: "prefix" (all that comes before a text), "special" tokens, "massive" tokens, whose activation
+            is longer than three medians. In the residual stream a few of these hold much of the variance.
+        tokens: stop after so many tokens (massive ones counted).
         dtype: of the result; by default the model's.
         padded: one row per text, `[text, position, …]`: NaN where a text has no such position.
         index: return `(activations, index)`, index `[token, 2]` the text and position of every row.
         stream: an iterator over windows of texts, each a result of its own, in the order of the texts.
-        to_disk: a folder for shards; a later call with the same arguments goes on where an earlier one stopped.
+        to_disk: a folder for shards; a later call with the same arguments goes on where an earlier one stopped. What it will
+            need of the disk is compared with what is free before anything runs, and shown with the bar.
         progress: show a bar; by default on a terminal.
 
     Returns:
@@ -156,22 +121,14 @@ def collect_activations(
     for name, size in (("batch_tokens", batch_tokens), ("max_length", max_length)):
         if size is not None and size < 1:
             raise PlanError(f"{name}={size}; it is 1 token or more")
+    cut = cut_of(form, positions is not None or keep_prefix, padded)
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise PlanError(f"dtype={dtype!r} is no type of torch; use e.g. torch.float16")
     sites = sites_of(model, layer, component)
-    budget = batch_tokens or max(token_budget(model), CPU_BATCH if model.device.type == "cpu" else 0)
-    element = (dtype or model.dtype).itemsize * sum(model.width_of(site) for _, site in sites)
-    request = Request(
-        model,
-        sites,
-        (-1,) if positions == "last" else places_of(positions),
-        keep_prefix,
-        max_length,
-        dtype or model.dtype,
-        budget,
-        max(budget, min(BATCHES * budget, WINDOW_BYTES // element)),
-    )
+    places = (-1,) if positions == "last" else places_of(positions)
+    request = request_of(model, sites, cut, dtype or model.dtype, batch_tokens)
+    request = replace(request, positions=places, keep_prefix=keep_prefix, max_length=max_length)
     listed: Any = texts.clean if isinstance(texts, PromptPairs) else [texts] if isinstance(texts, str) else texts
     total = len(listed) if isinstance(listed, list | tuple) else None
     if to_disk is not None:
@@ -195,89 +152,30 @@ def collect_activations(
     return shaped(joined, several, index)
 
 
-def sites_of(model: Model, layer: Any, component: Any) -> tuple[tuple[str, Site], ...]:
-    """Every component at every layer, by name; a view of one layer at that one.
-
-    Raises:
-        SiteError, PlanError: one that cannot be collected.
-    """
-    components = [component] if isinstance(component, str | View) else list(component)
-    layers = range(model.n_layers) if layer is None else integers(layer, "layers")
-    if named := [kind for kind in components if isinstance(kind, str) and "." in kind]:
-        raise PlanError(f"{named[0]!r} names a layer: give the kind of site, and layer=")
-    if not components or not layers:
-        raise PlanError("collect_activations was given no layer or no component")
-    made: dict[str, Site] = {}
-    for kind in components:
-        if isinstance(kind, View):
-            own = kind.tap.layer
-            for chosen in layers if own is None else [own]:
-                site = model.require(kind.site(chosen))
-                made[str(site)] = site
-            continue
-        kind = Site.parse(kind).kind if "hook" in kind else kind
-        facts = KIND.get(kind)
-        if facts is not None and not facts.width:
-            instead = "use interp.lens.attention_patterns" if facts.layered else "collect e.g. 'resid_post'"
-            raise PlanError(f"{kind!r} cannot be collected: it is no vector of each token; {instead}")
-        at: Sequence[int | None] = layers if facts is None or facts.layered else [None]
-        for number in at:
-            site = model.require(Site(kind, layer=number))
-            made[str(site)] = site
-    return tuple(made.items())
+def request_of(
+    model: Model, sites: tuple[tuple[str, Site], ...], cut: Cut, dtype: torch.dtype, batch_tokens: int | None = None
+) -> Request:
+    """A request for every token of texts, in batches and windows of the size that the device takes."""
+    budget = batch_tokens or max(token_budget(model), CPU_BATCH if model.device.type == "cpu" else 0)
+    element = dtype.itemsize * sum(model.width_of(site) for _, site in sites)
+    window = max(budget, min(BATCHES * budget, WINDOW_BYTES // element))
+    return Request(model, sites, None, False, None, dtype, budget, window, cut)
 
 
-def places_of(positions: Any) -> tuple[int, ...] | None:
-    """Positions as a tuple, or None for all."""
-    if isinstance(positions, str):
-        raise PlanError(f"positions={positions!r}; it is None, 'last', or positions as numbers")
-    if positions is None:
-        return None
-    if not (places := integers(positions, "positions")):
-        raise PlanError("positions is empty; None is all positions")
-    return places
-
-
-def bar_of(total: int | None, progress: bool | None) -> Any:
-    """A bar over texts."""
-    return tqdm(total=total, unit="text", disable=not (sys.stderr.isatty() if progress is None else progress))
-
-
-def windows(request: Request, texts: Iterable[Any], bar: Any) -> Iterator[list[Prompt]]:
-    """Texts as tokens, as many at once as fill a window."""
-    model = request.model
-    reader = Text(model.tokenizer, model.prefix_ids, model.vocab_size)
-    prompts: list[Prompt] = []
-    full, warned = 0, False
-    with bar:
-        for number, text in enumerate(prompts_of("text", texts)):
-            if not warned and (warned := reader.looks_padded(text)):
-                reader.warn_of_padding([f"text {number}"])
-            prompt = prompt_of(request, number, reader.prompt("text", number, text), isinstance(text, str))
-            if prompts and full + len(prompt.ids) > request.window_tokens:
-                yield prompts
-                bar.update(len(prompts))
-                prompts, full = [], 0
-            prompts.append(prompt)
-            full += len(prompt.ids)
-        if prompts:
-            yield prompts
-            bar.update(len(prompts))
-
-
-def prompt_of(request: Request, number: int, ids: tuple[int, ...], string: bool) -> Prompt:
-    """One text cut to length, with the positions that are collected."""
-    ids = ids[: request.max_length]
-    limit = request.model.n_positions
-    request.model.check_length(f"text {number}", len(ids), f"cut texts with max_length={limit}, or split them")
-    if request.positions is None:
-        prefix = request.model.prefix_ids
-        skip = len(prefix) if string and not request.keep_prefix and ids[: len(prefix)] == prefix else 0
-        return Prompt(number, ids, tuple(range(skip, len(ids))))
-    for position in request.positions:
-        if not -len(ids) <= position < len(ids):
-            raise PairsError(f"text {number} has {len(ids)} tokens, so no position {position}")
-    return Prompt(number, ids, tuple(position % len(ids) for position in request.positions))
+def cut_of(form: CollectOptions, chosen: bool, padded: bool) -> Cut:
+    """How texts become rows. PlanError: what does not go together; `chosen`: positions or the prefix are asked for."""
+    drop = form.get("drop", ())
+    cut = Cut(
+        form.get("context"),
+        form.get("documents", True),
+        (drop,) if isinstance(drop, str) else tuple(drop),
+        form.get("tokens"),
+    )
+    if cut.context is not None and chosen:
+        raise PlanError("context= collects every token of rows; leave positions= and keep_prefix= out")
+    if padded and (cut.context is not None or cut.drop or cut.tokens is not None):
+        raise PlanError("padded= gives one row for each text; it does not go with context=, drop= or tokens=")
+    return cut
 
 
 def run_window(request: Request, prompts: Sequence[Prompt]) -> Window:
@@ -312,8 +210,9 @@ def run_window(request: Request, prompts: Sequence[Prompt]) -> Window:
     run_readings(model, pieces, put)
     for name, site in request.sites:
         values.setdefault(name, torch.empty(0, model.width_of(site), dtype=request.dtype))
-    places = [(prompt.text, place) for prompt in prompts for place in prompt.places]
-    return Window(values, torch.tensor(places, dtype=torch.int32).reshape(-1, 2), len(prompts))
+    index = torch.tensor([at for prompt in prompts for at in prompt.index], dtype=torch.int32).reshape(-1, 2)
+    window = Window(values, index, len(prompts))
+    return without_massive(window) if "massive" in request.cut.drop else window
 
 
 def shaped(window: Window, several: bool, index: bool) -> Any:
@@ -341,14 +240,46 @@ def write(request: Request, texts: Iterable[Any], folder: Path, free: bool, bar:
     if begun is not None:
         request = replace(request, batch_tokens=begun[0], window_tokens=begun[1])
     sizes = {"batch_tokens": request.batch_tokens, "window_tokens": request.window_tokens}
+    bar.set_description(disk_need(request, texts, folder))
 
     def steps() -> Iterator[Step]:
         for prompts in windows(request, texts, bar):
             digest = hashlib.sha256(repr([prompt.ids for prompt in prompts]).encode()).hexdigest()
-            said = f"texts {prompts[0].text} to {prompts[-1].text}"
+            ends = [prompt.index[place][0] for prompt, place in ((prompts[0], 0), (prompts[-1], -1)) if prompt.index]
+            said = f"texts {' to '.join(map(str, ends))}"
             yield digest, said, partial(tensors_of, request, prompts)
 
     return write_shards(folder, {**request.facts(), **sizes}, steps())
+
+
+#: Texts whose length in tokens stands for that of all.
+SAMPLE = 20
+
+
+def disk_need(request: Request, texts: Iterable[Any], folder: Path) -> str:
+    """What shards will take, in words; nothing where nobody knows how many texts there are.
+
+    Raises:
+        CheckpointError: more than is free.
+    """
+    tokens = request.cut.tokens
+    if tokens is None and isinstance(texts, list | tuple) and texts:
+        few = texts[:SAMPLE]
+        found = sum(len(prompt.places) for _, prompt in prompts_from(request, few))
+        tokens = int(found * sum(map(len, texts)) / max(1, sum(map(len, few))))
+    if tokens is None:
+        return ""
+    row = request.dtype.itemsize * sum(request.model.width_of(site) for _, site in request.sites) + 8
+    there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    need = max(0, tokens * row - there)
+    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        raise CheckpointError(
+            f"{tokens:,} tokens of {', '.join(name for name, _ in request.sites)} need about {need / 1e9:.1f} GB on disk, and "
+            f"{free / 1e9:.1f} GB are free at {folder}: give tokens=, a smaller dtype=, or another folder"
+        )
+    return f"{folder.name}: about {need / 1e9:.2g} of {free / 1e9:.3g} GB free"
 
 
 def tensors_of(request: Request, prompts: Sequence[Prompt]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -187,20 +187,24 @@ def neurons(
 
 
 def features(
-    view: View, units: Numbers | None = None, layers: Numbers | None = None, positions: Positions = None
+    view: View | Any, units: Numbers | None = None, layers: Numbers | None = None, positions: Positions = None
 ) -> Product:
     """One cell for each part of a view: a feature of a dictionary, a coordinate of a basis; as `neurons`.
 
     Args:
-        view: an `interp.View`.
+        view: an `interp.View`, or a dictionary of SAELens that knows its site.
         units: numbers of its parts; None = all.
         layers: where the view is one for every layer; None = all. A view of one layer is taken at that one.
 
     Example:
         >>> interp.attribute(model, pairs, interp.features(view, units=range(64), positions=[-1]))
     """
+    if hasattr(view, "W_dec"):
+        from .saes.views import view_of
+
+        view = view_of(view)
     if not isinstance(view, View):
-        raise PlanError(f"features was given a {type(view).__name__}; it takes an interp.View")
+        raise PlanError(f"features was given a {type(view).__name__}; it takes an interp.View, or a dictionary of SAELens")
     places, named = named_positions(positions)
     kinds, at = named_components(view, layers, (), "features")
     return Product(kinds, "unit", at, None if units is None else integers(units, "units"), places, named)

@@ -24,7 +24,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = (
     "errors", "files", "seeds", "order", "sites", "findings", "edits", "views", "metrics", "tokens", "prompts", "encoded",
     "pairs", "cells", "product", "plan", "options", "spans", "effects", "models", "engine", "audit",
-    "shards", "direct", "methods", "circuits", "saes", "plots", "tracking", "tasks",
+    "shards", "corpora", "direct", "methods", "circuits", "saes", "plots", "tracking", "tasks",
 )  # fmt: skip
 #: What `tests/tools/house_counts.py` counts, at most.
 COMPARISONS, LINES, ARGUMENTS, ANYS = 25, 60, 10, 257

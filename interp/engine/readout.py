@@ -5,7 +5,8 @@ them in `readout`, a dictionary with `kind`:
 
     "tokens"  `rows`, `columns` [token]: the activations that are read, at these tokens alone
     "sums"    `rows`, `columns`, `place` [token], `places`: sums over the tokens of each place, fp32
-    "lens"    `layers`, `rows`, `columns`, `next` [token] (-1: none), `top`: what each layer's stream says comes next
+    "lens"    `layers`, `rows`, `columns`, `next` [token] (-1: none), `top`: what each layer's stream says comes next; of the
+              last layer that is what the model says
     "direct"  `by_source`: parts of the answers' logits at the scored rows' answer positions
 """
 
@@ -64,6 +65,7 @@ def lens(model: Envoy, run: Run, spec: dict[str, Any]) -> dict[str, Any]:
         "probability": (top.values - log_total).exp().cpu(),
         "next_rank": (logits > of_next).sum(-1).cpu(),
         "next_probability": (of_next - log_total).exp()[..., 0].cpu(),
+        "next_loss": (log_total - of_next)[..., 0].cpu(),
     }
 
 

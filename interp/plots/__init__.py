@@ -3,6 +3,7 @@
 from .attention import plot_attention
 from .circuit import plot_circuit_graph, plot_circuit_matrix
 from .curves import plot_faithfulness, plot_pruning
+from .features import plot_features
 from .heatmap import plot_activation_patching_results
 from .page import Figure
 
@@ -13,5 +14,6 @@ __all__ = [
     "plot_circuit_graph",
     "plot_circuit_matrix",
     "plot_faithfulness",
+    "plot_features",
     "plot_pruning",
 ]

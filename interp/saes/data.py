@@ -76,6 +76,19 @@ class Loaded:
         """As `Stream.length`."""
         return self.epochs * self.per_epoch
 
+    def peek(self, count: int) -> Iterator[Tensor]:
+        """Some batches of an epoch of their own, the same whenever they are asked for; no generator is moved."""
+        own = getattr(self.loader, "generator", None)
+        before = None if own is None else own.get_state()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            if own is not None:
+                own.manual_seed(0)
+            taken = list(islice(map(tensor_of, self.loader), count))
+        if own is not None:
+            own.set_state(before)
+        return iter(taken)
+
     def batches(self, done: int, place: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """As `Stream.batches`."""
         own = getattr(self.loader, "generator", None)
@@ -139,8 +152,10 @@ class Data:
         names = sites_of(sae)
         if not names or names[0] not in self.columns:
             return batch
-        return torch.cat([batch[:, self.columns[name]] for name in names], dim=1) if len(names) > 1 else (
-            batch[:, self.columns[names[0]]]
+        return (
+            torch.cat([batch[:, self.columns[name]] for name in names], dim=1)
+            if len(names) > 1
+            else (batch[:, self.columns[names[0]]])
         )
 
 
@@ -215,7 +230,12 @@ def data_of(
 
 
 def drawn(
-    rows: Stored | Held, columns: dict[str, slice], given: Any, asked: tuple[int | None, int | None], size: int, seed: int
+    rows: Stored | Held,
+    columns: dict[str, slice],
+    given: Any,
+    asked: tuple[int | None, int | None],
+    size: int,
+    seed: int,
 ) -> Data:
     """Rows in a seeded order; the last of them are held out where there are many."""
     tokens, epochs = asked

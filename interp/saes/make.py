@@ -122,9 +122,7 @@ def place_of(
     return at, width, {"model_name": model.name, "revision": model.revision}
 
 
-def settings(
-    name: str, size: int, k: int | None, coefficient: float | None, options: dict[str, Any]
-) -> dict[str, Any]:
+def settings(name: str, size: int, k: int | None, coefficient: float | None, options: dict[str, Any]) -> dict[str, Any]:
     """The options of SAELens's configuration.
 
     Raises:

@@ -29,7 +29,7 @@ from .calibrate import Held, calibrate, measured
 from .data import ESTIMATE, Data, data_of, finite
 from .library import Dictionary, is_training, is_transcoder, sae_lens
 from .make import SCALED
-from .state import Saved, load, store
+from .state import load, store
 from .views import describe
 
 #: The recipe that trained a topk dictionary of 2,304 features with under 1 % dead on 400,000 tokens.
@@ -156,14 +156,15 @@ def train_sae(
     folder = None if checkpoint is None else path_of(checkpoint, CheckpointError, "checkpoint")
     saved = None if folder is None else load(folder, facts_of(saes, data, steps, schedule, seed))
     place: Mapping[str, Tensor] = {}
+    first = first_batches(data)  # also of a run that goes on: an iterator is looked at before it is taken from
     if saved is None:
-        begin(training)
+        begin(training, first)
     else:
         place = saved.restore(training)
     keep = None if folder is None else (lambda: store(folder, facts_of(saes, data, steps, schedule, seed), training))
     if training.done < steps:
         loop(training, place, keep, tracker, progress)
-    return finish(training)
+    return finish(training, Held(data.held_out or [first], bool(data.held_out)))
 
 
 def trainer_of(sae: Dictionary, config: Any) -> Any:
@@ -173,9 +174,7 @@ def trainer_of(sae: Dictionary, config: Any) -> Any:
     return SAETrainer(config, sae, data_provider=iter(()))
 
 
-def facts_of(
-    saes: Sequence[Dictionary], data: Data, steps: int, schedule: Schedule, seed: int
-) -> dict[str, Any]:
+def facts_of(saes: Sequence[Dictionary], data: Data, steps: int, schedule: Schedule, seed: int) -> dict[str, Any]:
     """What a run is known by: all that its numbers depend on, but for the activations themselves."""
     stored = {key: value for key, value in data.facts.items() if key != "shards"}
     stored["texts"] = [shard["texts"] for shard in data.facts.get("shards", ())]
@@ -189,9 +188,8 @@ def facts_of(
             "schedule": {key: value for key, value in vars(schedule).items()}}  # fmt: skip
 
 
-def begin(training: Training) -> None:
+def begin(training: Training, first: Tensor) -> None:
     """Scale of the inputs, and the bias of the decoder at their mean, from the first batches."""
-    first = first_batches(training.data)
     for trainer in training.trainers:
         sae = trainer.sae
         rows = training.data.of(sae, first)
@@ -261,7 +259,7 @@ def step(trainer: Any, batch: Tensor, note: bool) -> dict[str, float]:
     return {"loss": loss, "l0": active, "dead": float(trainer.dead_neurons.float().mean())}
 
 
-def finish(training: Training) -> Trained:
+def finish(training: Training, held: Held) -> Trained:
     """Fold the scale into the weights, set thresholds, count what fires on rows that were held out."""
     summary = []
     for trainer in training.trainers:
@@ -269,7 +267,7 @@ def finish(training: Training) -> Trained:
         if scaler.scaling_factor is not None:
             sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
             scaler.scaling_factor = None
-        rows = held_rows(training.data, sae)
+        rows = Held([training.data.of(sae, part.float()) for part in held.parts], held.held_out)
         calibrate(sae, rows)
         found = measured(sae, rows)
         metadata = sae.cfg.metadata
@@ -279,12 +277,6 @@ def finish(training: Training) -> Trained:
             metadata["corpus"] = corpus_digest(texts)
         summary.append(found)
     return Trained(pd.DataFrame(training.history), summary)
-
-
-def held_rows(data: Data, sae: Dictionary) -> Held:
-    """Rows to measure a dictionary on: those held out, or the first batches where none are."""
-    parts = [part.float() for part in data.held_out] or [first_batches(data)]
-    return Held([data.of(sae, part) for part in parts], bool(data.held_out))
 
 
 def corpus_digest(shards: Sequence[Mapping[str, Any]]) -> str:

@@ -171,13 +171,13 @@ def tensors_of(sae: Dictionary) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         )
     form = FORM[architecture]
     state = {key: value.detach().float() for key, value in sae.state_dict().items()}
-    centred = bool(getattr(sae.cfg, "apply_b_dec_to_input", False)) and not is_transcoder(sae)
+    from_bias = bool(getattr(sae.cfg, "apply_b_dec_to_input", False)) and not is_transcoder(sae)
     tensors = {
         "form": torch.tensor(FORMS.index(form)),
         "norm": torch.tensor(NORMS.index(norm)),
         "centred": torch.tensor(int(centred(sae))),
         "encoder": state["W_enc"].T.contiguous(),
-        "center": state["b_dec"] if centred else state["W_enc"].new_zeros(sae.cfg.d_in),
+        "center": state["b_dec"] if from_bias else state["W_enc"].new_zeros(sae.cfg.d_in),
         "bias": state["b_gate" if form == "gated" else "b_enc"],
     }
     if form == "gated":
