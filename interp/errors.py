@@ -65,7 +65,7 @@ class PlotError(InterpError, RuntimeError):
 
 
 class TaskError(InterpError, ValueError):
-    """A task that cannot build aligned prompts for this tokenizer."""
+    """A task that cannot build aligned prompts for this tokenizer, or a corpus that cannot be had."""
 
 
 class TrackerError(InterpError, RuntimeError):

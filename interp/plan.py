@@ -204,7 +204,9 @@ def features(
 
         view = view_of(view)
     if not isinstance(view, View):
-        raise PlanError(f"features was given a {type(view).__name__}; it takes an interp.View, or a dictionary of SAELens")
+        raise PlanError(
+            f"features was given a {type(view).__name__}; it takes an interp.View, or a dictionary of SAELens"
+        )
     places, named = named_positions(positions)
     kinds, at = named_components(view, layers, (), "features")
     return Product(kinds, "unit", at, None if units is None else integers(units, "units"), places, named)

@@ -6,8 +6,8 @@
 Texts are presidential addresses and Moby-Dick (public domain, fetched by npm), or a folder of .txt files; the last `--held`
 documents are held out. Activations are kept in shards, so that a second dictionary on them runs no model.
 
-Written to `--out`: the dictionary as SAELens loads it (`sae/`), table.csv and summary.md with the dictionary beside an untrained one
-and principal components, features.html with what the features stand for, and the activations (`acts/`).
+Written to `--out`: the dictionary as SAELens loads it (`sae/`), table.csv and summary.md with the dictionary beside an
+untrained one and principal components, features.html with what the features stand for, and the activations (`acts/`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ def documents(texts: str | None, held: int) -> tuple[list[str], list[str]]:
     return shuffled[:-held], shuffled[-held:]
 
 
-def compared(
-    model: interp.Model, site: interp.Site, stored: StoredActivations, untrained: object
-) -> dict[str, object]:
+def compared(model: interp.Model, site: interp.Site, stored: StoredActivations, untrained: object) -> dict[str, object]:
     """An untrained dictionary of the same shape, and principal components of 50,000 tokens."""
     rows = Stored(stored, (str(site),))
     few = next(Shuffled(rows, min(50_000, len(rows))).batches()).float()

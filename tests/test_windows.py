@@ -80,7 +80,7 @@ def test_special_and_massive_tokens_are_left_out() -> None:
     whole, index = collect_activations(marked, texts, LAYER, index=True)
     found, kept = collect_activations(marked, texts, LAYER, drop="special", index=True)
     stays = torch.tensor([texts[text][at] != special for text, at in index.tolist()])
-    assert 0 < int((~stays).sum()) and torch.equal(found, whole[stays]) and torch.equal(kept, index[stays])
+    assert int((~stays).sum()) > 0 and torch.equal(found, whole[stays]) and torch.equal(kept, index[stays])
     length = whole.norm(dim=-1)
     stays = length <= interp.windows.MASSIVE * length.median()
     found = collect_activations(marked, texts, LAYER, drop=["massive"])
@@ -99,7 +99,7 @@ def test_what_does_not_go_together_says_so() -> None:
     ):
         with pytest.raises(error, match=message):
             collect_activations(model, TEXTS, LAYER, **options)  # type: ignore[arg-type]
-    with pytest.raises(PairsError, match="a row has 65 tokens.*smaller context="):
+    with pytest.raises(PairsError, match=r"a row has 65 tokens.*smaller context="):
         collect_activations(loaded("gpt2"), words(70), LAYER, context=65)
 
 

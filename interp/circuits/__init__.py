@@ -4,6 +4,7 @@ from .circuit import Circuit
 from .discovery import discover
 from .eap_ig import from_eap_ig, to_eap_ig
 from .faithfulness import Evaluation, compare_circuits, evaluate_circuit, stability
+from .features import FeatureCircuit
 from .formats import from_graphml, from_json, to_graphml, to_json
 from .nodes import Facts
 from .pruning import iterative_pruning
@@ -13,6 +14,7 @@ __all__ = [
     "Circuit",
     "Evaluation",
     "Facts",
+    "FeatureCircuit",
     "compare_circuits",
     "discover",
     "evaluate_circuit",

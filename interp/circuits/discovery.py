@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -26,12 +26,15 @@ from ..models.steady import steady
 from ..options import Options, RunOptions
 from ..order import Order
 from ..pairs import PromptPairs
+from ..saes.library import Dictionary
 from ..sites import Site
 from .acdc import acdc
 from .circuit import Circuit
+from .features import discover_features
 from .nodes import Facts
 from .runs import given_cells
 
+LEVELS = ("edge", "node", "feature")
 METHODS = ("eap", "eap-ig", "eap-ig-activations", "exact", "acdc")
 #: Methods that patch instead of taking gradients.
 PATCHING = ("exact", "acdc")
@@ -39,6 +42,13 @@ PATCHING = ("exact", "acdc")
 OPTIONS = {"within": PATCHING, "threshold": ("acdc",), "checkpoint": PATCHING}
 #: The site that holds a sender's output where it is not of the sender's own kind: the embedding's is the stream into block 0.
 ENTERING = Site("resid_pre", layer=0)
+
+
+class DiscoverOptions(RunOptions, total=False):
+    """The keyword options of `discover`."""
+
+    saes: Sequence[Dictionary]
+    top: int
 
 
 def discover(
@@ -52,8 +62,8 @@ def discover(
     points: Sequence[float] | None = None,
     within: Circuit | None = None,
     threshold: float | None = None,
-    **options: Unpack[RunOptions],
-) -> Circuit:
+    **options: Unpack[DiscoverOptions],
+) -> Any:
     """Score edges or nodes: the change of the metric, mean over pairs, when that one alone is corrupted.
 
     Args:
@@ -61,16 +71,17 @@ def discover(
             between clean and corrupted (Hanna et al. 2024); "eap-ig-activations", averaged over the sender's own output
             between the two, the heads of a layer together; "exact", every edge or node patched by itself; "acdc",
             greedy removal (Conmy et al. 2023).
-        level: "edge" or "node" (heads, MLPs and the embedding).
+        level: "edge" or "node" (heads, MLPs and the embedding); or "feature": features of the dictionaries `saes=` and what
+            each does not explain, with the edges between neighbouring dictionaries (Marks et al. 2024), by "eap" or "eap-ig".
         steps, points: interpolation of the "ig" methods; midpoints (i + ½)/steps by default.
         within: exact and acdc: only these edges (at level "node" the nodes of these edges); the others of an exact
             circuit are absent.
         threshold: acdc: an edge whose removal changes the metric by less is removed; default 0.01·|clean − corrupted|.
         options: `max_tokens`, `progress`, and of exact and acdc `checkpoint`: a path; finished edges are kept and a later call
-            continues.
+            continues. At level "feature" `saes`, dictionaries of the residual stream, and `top` (100): nodes that are kept.
 
     Returns:
-        Circuit with `scores()`; "acdc" has only the edges that stayed.
+        Circuit with `scores()`; "acdc" has only the edges that stayed. At level "feature" a FeatureCircuit.
 
     Raises:
         CircuitError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model, or
@@ -82,23 +93,30 @@ def discover(
     """
     if method not in METHODS:
         raise CircuitError(f"unknown method {method!r}; the methods are: {', '.join(METHODS)}")
-    if level not in ("edge", "node"):
-        raise CircuitError(f"unknown level {level!r}; it is 'edge' or 'node'")
+    if level not in LEVELS:
+        raise CircuitError(f"unknown level {level!r}; it is {', '.join(map(repr, LEVELS))}")
     if method == "acdc" and level == "node":
         raise CircuitError("acdc removes edges; for nodes use iterative_pruning, or method='exact'")
     if pairs.corrupted is None:
         raise CircuitError("discover corrupts edges: give PromptPairs(corrupted=[...])")
-    how = Options.of(options, error=CircuitError)
+    how = Options.of(options, "saes", "top", error=CircuitError)
     encoded = model.encode(pairs)
     encoded.require_aligned("a circuit")
     encoded.require_corrupted("discover", CircuitError)
     alphas = () if method == "eap" else tuple(points) if points is not None else midpoints(max(0, steps))
     if not alphas and method != "eap":
         raise CircuitError(f"{method} needs interpolation points: steps={steps}, points={points}; give 1 or more")
-    given = {"within": within, "threshold": threshold, "checkpoint": how.checkpoint}
+    used = {"within": within, "threshold": threshold, "checkpoint": how.checkpoint}
     for name, methods in OPTIONS.items():
-        if given[name] is not None and method not in methods:
+        if used[name] is not None and method not in methods:
             raise CircuitError(f"{name}= is of no use to method={method!r}; it goes with {' and '.join(methods)}")
+    if level == "feature":
+        if method not in ("eap", "eap-ig"):
+            raise CircuitError(f"features are scored by 'eap' or 'eap-ig', not by {method!r}")
+        more = {"top": options.get("top", 100), "alphas": alphas, "options": how}
+        return discover_features(model, pairs, options.get("saes", ()), method, metric, **more)
+    if given := [name for name in ("saes", "top") if options.get(name) is not None]:
+        raise CircuitError(f"{given[0]}= is of no use at level={level!r}; it goes with level='feature'")
     gradient = method not in PATCHING
     rounding = check_metric(metric, encoded, model.vocab_size, gradient=gradient, dtype=model.dtype)
     _rests(model, method, level)

@@ -14,12 +14,14 @@ from ..metrics import Metric, logit_diff
 from ..models.model import Model
 from ..options import Options, RunOptions
 from ..pairs import PromptPairs
+from ..saes.library import Dictionary
 from ..spans import REST
 from .circuit import Circuit
 from .discovery import discover
+from .features import FeatureCircuit, feature_values
 from .files import Item
 from .nodes import EMBED, Described, Facts, node
-from .runs import Prompts, reference_of, run_masks
+from .runs import Prompts, check_ablation, reference_of, run_masks
 
 #: Sizes of circuits as fractions of all edges (or nodes), the protocol of MIB (Mueller et al. 2025).
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -70,12 +72,14 @@ class EvaluationOptions(RunOptions, total=False):
     minimality: int
     samples: int
     seed: int
+    saes: Sequence[Dictionary]
+    errors: bool
 
 
 def evaluate_circuit(
     model: Model,
     pairs: PromptPairs,
-    circuit: Circuit,
+    circuit: Circuit | FeatureCircuit,
     ablation: str = "counterfactual",
     metric: Metric = logit_diff,
     *,
@@ -96,12 +100,15 @@ def evaluate_circuit(
         samples, seed: of the bootstrap over pairs, 1000 and 0.
         completeness: also how near the model without the circuit comes to the empty one, 1 − |f(model without it)|.
         minimality: also the drop of faithfulness when each of this many strongest edges (nodes) alone is taken out.
+        saes, errors: of a circuit of features, as in `run_circuit`; its sizes are numbers of its own strongest nodes.
         options: of `patch` (schedule, progress, max_tokens, checkpoint).
 
     Raises:
         CircuitError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model.
     """
     how = Options.of(options, *EvaluationOptions.__annotations__, error=CircuitError)
+    if isinstance(circuit, FeatureCircuit):
+        return _of_features(model, pairs, circuit, ablation, metric, how, options)
     fractions = sorted(FRACTIONS if fractions is None else fractions)
     if not fractions or not 0 <= fractions[0] <= fractions[-1] <= 1:
         raise CircuitError(f"fractions={list(fractions)}; give sizes between 0 and 1, parts of all {circuit.level}s")
@@ -151,6 +158,32 @@ def evaluate_circuit(
         complete,
         minimal,
     )
+
+
+def _of_features(
+    model: Model,
+    pairs: PromptPairs,
+    circuit: FeatureCircuit,
+    ablation: str,
+    metric: Metric,
+    how: Options,
+    options: EvaluationOptions,
+) -> Evaluation:
+    """A circuit of features at the sizes 1, 2, 5, 10, … of its own nodes."""
+    check_ablation(ablation, pairs)
+    own = len(circuit.nodes)
+    sizes = [size for power in range(7) for step in (1, 2, 5) if (size := step * 10**power) < own] + [own]
+    circuits = {str(size): circuit.top(size) for size in (0, *sizes)}
+    saes, errors = options.get("saes") or circuit.saes, bool(options.get("errors"))
+    values, full = feature_values(model, pairs, circuits, saes, (ablation, errors), metric, how)
+    empty, rows = values[0].astype(np.float64), values[1:].astype(np.float64)
+    scores = faithfulness_of(rows, full, empty)
+    low, high = _intervals(rows, full, empty, options.get("samples", 1000), options.get("seed", 0))
+    every = sum(circuit.meta.get("dictionaries", [own])) + len(circuit.meta.get("sites", ()))
+    columns = {"n_nodes": sizes, "fraction": [size / every for size in sizes], "metric": rows.mean(1)}
+    curve = pd.DataFrame({**columns, "faithfulness": scores, "low": low, "high": high})
+    area = [float(np.trapezoid(y, curve["fraction"])) for y in (scores, np.abs(1 - scores))]
+    return Evaluation(curve, *area, float(full.mean()), float(empty.mean()), ablation)
 
 
 def _ranking(circuit: Circuit) -> list[tuple[Item, float]]:

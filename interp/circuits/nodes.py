@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import CircuitError, SiteError
 from ..order import READERS, Order
-from ..sites import KIND, RECEIVERS, SENDERS, KINDS, Site
+from ..sites import KIND, KINDS, RECEIVERS, SENDERS, Site
 
 EMBED, LOGITS = Site("embed"), Site("logits")
 #: The kind of site that stands for each reader of `interp.order`.

@@ -22,7 +22,9 @@ from ..metrics import Metric, logit_diff
 from ..models.model import EDGE_LAWS, Model
 from ..options import Options, RunOptions
 from ..pairs import PromptPairs
+from ..saes.library import Dictionary
 from .circuit import Circuit
+from .features import FeatureCircuit, feature_values
 from .files import Item
 from .nodes import Facts
 
@@ -148,12 +150,14 @@ class CircuitOptions(RunOptions, total=False):
     """The keyword options of `run_circuit`."""
 
     reference: Prompts | None
+    saes: Sequence[Dictionary]
+    errors: bool
 
 
 def run_circuit(
     model: Model,
     pairs: PromptPairs,
-    circuit: Circuit | Sequence[Item],
+    circuit: Circuit | FeatureCircuit | Sequence[Item],
     ablation: str = "counterfactual",
     metric: Metric = logit_diff,
     **options: Unpack[CircuitOptions],
@@ -161,14 +165,19 @@ def run_circuit(
     """The metric of a circuit with all else ablated, per pair `[pair]`.
 
     Args:
-        circuit: a Circuit, or kept heads and MLPs: names, or (layer, head).
+        circuit: a Circuit, or kept heads and MLPs: names, or (layer, head); or one of features, run with all other features of
+            its dictionaries cut, and what they do not explain unless it is a node (`errors=True` leaves it everywhere).
         ablation: what cut edges carry: "counterfactual" (the corrupted run's contributions), "mean" or
             "positional_mean" (over the pairs' clean prompts, or `reference=` prompts), "zero".
 
     Raises:
         CircuitError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model.
     """
-    how, prompts = Options.of(options, "reference"), options.get("reference")
+    how, prompts = Options.of(options, "reference", "saes", "errors"), options.get("reference")
+    if isinstance(circuit, FeatureCircuit):
+        check_ablation(ablation, pairs)
+        saes, errors = options.get("saes") or circuit.saes, bool(options.get("errors"))
+        return feature_values(model, pairs, {"circuit": circuit}, saes, (ablation, errors), metric, how)[0][0]
     reference = reference_of(model, pairs, ablation, prompts, metric)
     if not isinstance(circuit, Circuit):
         circuit = Circuit.from_nodes(circuit, model)

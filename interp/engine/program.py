@@ -58,6 +58,7 @@ class Program(TypedDict, total=False):
     source: Tensor  # [pair] rows of the source run
     gradient: Tensor  # [pair, step] rows whose gradients are averaged for each pair
     steps: dict[Place, Tensor]  # {site: [pair, step]} rows that move each site by itself (ig-activations), or {}
+    features: Sequence[tuple[int, str, str]]  # dictionaries by depth: layer, its view, and the view of what it leaves
     by_edge: bool  # whether scores of edges are wanted instead, see `edge_gradients`
     columns: Tensor | None  # [pair, position] the source position that belongs to each base position (None: the same)
     drop: Sequence[int]  # layers to drop one at a time in the backward pass (GradDrop)

@@ -15,9 +15,11 @@ from typing import TypedDict
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..metrics import Metric
 from ..models.model import Model
+from ..views import Seen
 from .compile import compile_chunk, gradient_program
 from .context import Context
 from .program import Place, Program
@@ -209,3 +211,38 @@ def edge_estimates(
             pieces.append(Reading.of(block, partial(program_of, context, how, {}), site))
     run_readings(model, pieces, add, execute_gradients, metric, bar)
     return scores, change
+
+
+def feature_estimates(
+    model: Model,
+    context: Context,
+    metric: Metric,
+    views: Mapping[str, Seen],
+    ends: Sequence[tuple[int, str, str]],
+    budget: int,
+    bar: tuple[str, bool | None],
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Effects of parts of dictionaries, `[pair, part]` for each of `ends`, and of edges between neighbours, `[pair, downstream,
+    upstream]`; see `interp.engine.feature_edges`.
+    """
+    runs = context.runs
+    nodes: dict[int, list[Tensor]] = {}
+    edges: dict[int, list[Tensor]] = {}
+    how = GradientSpec(tape=[], fractions=(), moved=[], drop=[], exact_qk=False, by_edge=False)
+
+    def make(block: Sequence[int]) -> Program:
+        program = program_of(context, how, {}, block)
+        program["views"], program["features"] = dict(views), list(ends)
+        return program
+
+    def add(piece: Reading, result: dict) -> None:
+        for place, pair in enumerate(piece.asked):
+            nodes[pair] = [part[place] for part in result["nodes"]]
+            edges[pair] = [part[place] for part in result["edges"]]
+
+    blocks = pack_pairs(runs.order, runs.lengths, runs.streams, budget)
+    run_readings(model, [Reading.of(block, make) for block in blocks], add, execute_gradients, metric, bar)
+    return tuple(  # type: ignore[return-value]
+        [np.stack([found[pair][part].numpy() for pair in range(len(runs))]) for part in range(len(found[0]))]
+        for found in (nodes, edges)
+    )

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..models.layout import Envoy, Taps
 from .edge_gradients import edge_scores, edge_tapes
+from .feature_edges import feature_scores, feature_tapes
 from .forward import forward, walk
-from .gradients import Tape, attributions, slope, wanted_tapes
+from .gradients import Tape, attributions, slope, total_of, wanted_tapes
 from .rotary import RowsAlone
 from .state import Run
 
@@ -104,7 +105,9 @@ def execute_gradients(
     for index, program in enumerate(programs):
         run = Run(taps, program)
         by_edge = program["by_edge"]
+        by_feature = bool(program.get("features"))
         wanted = edge_tapes(taps) if by_edge else wanted_tapes(taps, program)
+        wanted |= feature_tapes(program) if by_feature else set()
         run.tape = Tape(wanted)
         run.want(*wanted)
         with RowsAlone(model, taps), torch.enable_grad(), model.trace(**program["inputs"]):
@@ -113,6 +116,9 @@ def execute_gradients(
             if by_edge:
                 total = result["metric"][program["gradient"].flatten().to(result["metric"].device)].sum()
                 result["edges"] = edge_scores(model, taps, program, run.tape, total)
+            elif by_feature:
+                total = total_of(program, result["metric"])
+                result.update(feature_scores(taps, program, run.tape, total))
             else:
                 result["slope"] = slope(program, run.tape, result["metric"])
                 result["attributions"] = attributions(model, taps, program, run.tape, result["metric"])

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 #: Levels between 0 and a feature's largest activation in which activations of tokens are kept.
 LEVELS = 1000
+#: What the page says of the tokens that a feature raises and lowers.
+DIRECT = (
+    "Tokens that a feature raises and lowers are those of the direct path alone: its decoder row through the final norm, "
+    "whose scale is frozen at its mean over the texts, and the unembedding."
+)
 MAX_TOKENS = 600_000  # that a page shows; each is about seven bytes of it
 
 
@@ -191,13 +196,11 @@ def page_of(title: str, subtitle: str, data: dict[str, object]) -> str:
     """The page: what stands in double braces in its template is put in in one pass, so that no text is taken for one."""
     folder = resources.files(__package__).joinpath("data")
     template, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("features.html", "features.js"))
-    notes = "Tokens that a feature raises and lowers are those of the direct path alone: its decoder row through the final "
-    notes += "norm, whose scale is frozen at its mean over the texts, and the unembedding."
     said = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     values = {
         "title": html.escape(title),
         "subtitle": "".join(f"<p>{html.escape(line)}</p>" for line in subtitle.splitlines()),
-        "notes": "" if data["noDirect"] else html.escape(notes),
+        "notes": "" if data["noDirect"] else DIRECT,
         "data": said.replace("<", "\\u003c"),  # no token ends the script or begins a comment in it
         "script": script,
         "font": FONT,

@@ -69,7 +69,8 @@ class Running:
 
     chosen: Tensor  # [feature]
     reach: int
-    total: Tensor  # [every feature], sums in fp64; and of squares
+    shift: Tensor  # [every feature]: sums are those of what is left without it, so that they cancel nothing
+    total: Tensor  # [every feature], in fp64; and of squares
     squares: Tensor
     products: Tensor  # [feature, every feature]
     counts: Tensor  # [feature, bin]
@@ -87,6 +88,7 @@ class Running:
         return cls(
             chosen,
             reach,
+            torch.full((every,), float("nan")),
             torch.zeros(every, dtype=wide),
             torch.zeros(every, dtype=wide),
             torch.zeros(f, every, dtype=wide),
@@ -100,10 +102,14 @@ class Running:
 
     def add(self, block: Block) -> None:
         """Take in one block."""
-        values, acts = block.values, block.values[:, self.chosen]
-        self.total.add_(values.sum(0, dtype=torch.float64))
-        self.squares.add_(values.double().square_().sum(0))
-        self.products.add_((acts.T @ values).double())
+        values = block.values
+        if bool(self.shift.isnan().all()):
+            self.shift.copy_(values.mean(0))
+        left = values - self.shift
+        self.total.add_(left.sum(0))
+        self.squares.add_(left.square().sum(0))
+        self.products.add_(left[:, self.chosen].T @ left)
+        acts = values[:, self.chosen]
         self.count(acts)
         self.keep(block, acts)
 
@@ -205,7 +211,7 @@ def correlated(running: Running, tokens: int) -> list[list[tuple[int, float]]]:
     """For each chosen feature the others whose activations have the largest correlation with its own over all tokens (Pearson),
     where it is above 0."""
     spread = tokens * running.squares - running.total.square()
-    spread[spread <= 1e-12 * tokens * running.squares] = float("nan")  # constant, or never fires
+    spread[spread <= (1e-6 * tokens * running.shift).square()] = float("nan")  # constant, or never fires
     own = running.chosen
     covariance = tokens * running.products - running.total[own, None] * running.total
     r = covariance / (spread[own, None] * spread).sqrt()

@@ -7,6 +7,7 @@ whole rows and no more numbers than fit, however many features there are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ from ..sites import Site
 from ..views import View
 from ..windows import Cut, Prompt, bar_of, windows
 
-#: Activations that are looked at together.
-NUMBERS = 2**22
+#: Activations that are collected together, and that are looked at together.
+COLLECTED, NUMBERS = 2**25, 2**22
 
 
 class Block(NamedTuple):
@@ -68,6 +69,10 @@ def blocks(model: Model, view: View, rows: Sequence[Prompt], progress: bool | No
     """The activations of all features on rows, in order, in fp32."""
     site = model.require(view.site())
     request = request_of(model, ((str(site), site),), Cut(), torch.float32)
+    wide = COLLECTED // view.parts  # tokens; a batch that fits the model may be too large for a wide dictionary
+    request = replace(
+        request, batch_tokens=min(request.batch_tokens, wide), window_tokens=min(request.window_tokens, wide)
+    )
     with bar_of(len(rows), progress) as bar:
         for first, end in grouped([len(row.ids) for row in rows], request.window_tokens):
             values = run_window(request, rows[first:end]).values[str(site)].flatten(1)

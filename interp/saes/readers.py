@@ -54,3 +54,12 @@ def read_error(x: Tensor, t: Tensors) -> Tensor:
     found = read_features(x, {**t, "part": torch.arange(len(t["features"]), device=x.device)})
     error = x.float() - (found @ t["features"] + t["offset"] * scale + mean)
     return error[..., t["part"]]
+
+
+def read_cut(x: Tensor, t: Tensors) -> Tensor:
+    """The features that are cut, and the error if it is, as one part: `[row, position, 1, width]`."""
+    every = {**t, "part": torch.arange(len(t["features"]), device=x.device)}
+    parts = [read_features(x, every)[..., t["cut"]]]
+    if int(t["with_error"]):
+        parts.append(read_error(x, {**t, "part": torch.arange(x.shape[-1], device=x.device)}))
+    return torch.cat(parts, dim=-1).unsqueeze(-2)

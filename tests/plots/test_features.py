@@ -159,9 +159,8 @@ def test_search_order_and_keys(tmp_path: Path, chromium: str) -> None:
         for key, at in (("Home", 0), ("ArrowDown", 1), ("End", 4), ("ArrowDown", 4), ("ArrowUp", 3), ("Home", 0)):
             press(page, key)
             chosen = page.evaluate("document.querySelector('[aria-selected=true]').id")
-            assert chosen == f"f{shown(page)[at]}" == page.evaluate(
-                "document.getElementById('list').getAttribute('aria-activedescendant')"
-            )
+            told = page.evaluate("document.getElementById('list').getAttribute('aria-activedescendant')")
+            assert chosen == told == f"f{shown(page)[at]}"
             assert f"feature {chosen[1:]} " in page.shadow_text().replace("fires", " fires")
         # a correlated feature that is on the page can be gone to
         page.evaluate("[...document.querySelectorAll('td button')].find((b) => b.textContent === '#4').click()")
@@ -177,9 +176,8 @@ def test_no_token_breaks_the_page(tmp_path: Path, chromium: str) -> None:
         assert page.errors == [] and page.network == []
         assert page.evaluate("document.title") == "{{data}} </title>"
         tokens = page.evaluate("[...document.querySelectorAll('.tokens .t')].map((t) => t.textContent)")
-        assert tokens == [
-            *("</script><b>x", "<!--", " $$x$$", "↵", "··", "\\u2028", "{{data}}", "\\u0007", "naïve", "∅", "\\", '"', "日本")
-        ]
+        signs = {"\n": "↵", "  ": "··", "\u2028": "\\u2028", "\x07": "\\u0007", "": "∅"}
+        assert tokens == [signs.get(token, token) for token in NASTY]
         assert page.evaluate("document.querySelectorAll('.tokens b').length") == 0
 
 

@@ -25,7 +25,9 @@ def rows(count: int = 3000, width: int = WIDTH) -> Tensor:
 
 def untrained(architecture: str, **options: object) -> Dictionary:
     """One to train, of the width of `rows`."""
-    own: dict[str, float] = {"k": K} if interp.saes.ARCHITECTURES[architecture].sparsity == "k" else {"sparsity_coef": 0.5}
+    own: dict[str, float] = (
+        {"k": K} if interp.saes.ARCHITECTURES[architecture].sparsity == "k" else {"sparsity_coef": 0.5}
+    )
     interp.set_seed(1)
     return interp.SparseAutoencoder(d_model=WIDTH, architecture=architecture, d_sae=FEATURES, **own, **options)
 

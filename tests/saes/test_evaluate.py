@@ -96,7 +96,9 @@ def test_a_dictionary_that_explains_all_costs_nothing() -> None:
     identity = signed(torch.eye(d), torch.eye(d), torch.zeros(d), torch.zeros(d))
     report = interp.evaluate_sae(model, identity, words(21, 9), site="L1.resid_post", context=CONTEXT)
     assert report.loss["spliced"] == pytest.approx(report.loss["clean"], abs=1e-6)
-    assert report.explained_variance == pytest.approx(1, abs=1e-9) and report.recovered["mean"] == pytest.approx(1, abs=1e-5)
+    assert report.explained_variance == pytest.approx(1, abs=1e-9) and report.recovered["mean"] == pytest.approx(
+        1, abs=1e-5
+    )
     view = interp.saes.error_view(identity, "L1.resid_post")
     pairs = interp.PromptPairs(words(7), None, [3], [4], answer_positions=-1)
     found = interp.ablate(model, pairs, interp.sets({"none": [view.site()]}), "zero")
@@ -157,7 +159,7 @@ def test_a_transcoder_stands_for_the_mlp() -> None:
 
 def test_what_does_not_fit_says_so() -> None:
     model = loaded("gpt2")
-    with pytest.raises(PlanError, match="does not fit L1.resid_post of .*, which has 32 numbers"):
+    with pytest.raises(PlanError, match=r"does not fit L1\.resid_post of .*, which has 32 numbers"):
         interp.evaluate_sae(model, random_dictionary("TopK", 40), words(9))
     with pytest.raises(SiteError, match="layer 9"):
         interp.evaluate_sae(model, random_dictionary("TopK", 32), words(9), site="L9.resid_post")

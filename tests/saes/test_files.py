@@ -92,7 +92,7 @@ def test_what_cannot_be_loaded_says_so(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             interp.load_sae(place)
-    with pytest.raises(PlanError, match="does not fit L1.resid_post of .*, which has 32 numbers"):
+    with pytest.raises(PlanError, match=r"does not fit L1\.resid_post of .*, which has 32 numbers"):
         interp.load_sae(folder, loaded("gpt2"))
     with pytest.raises(PlanError, match="in training: its inputs are scaled"):
         interp.save_sae(untrained("topk"), tmp_path / "early")

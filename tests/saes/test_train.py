@@ -22,7 +22,7 @@ from interp.errors import CheckpointError, PlanError
 from interp.shards import write_shards
 from interp.shuffled import Held, Shuffled, Stored
 
-from .made import AUTOENCODERS, FEATURES, K, WIDTH, pairs_of, rows, trained, untrained
+from .made import AUTOENCODERS, FEATURES, WIDTH, K, pairs_of, rows, trained, untrained
 
 
 def weights(sae: Any) -> Tensor:
@@ -179,7 +179,9 @@ def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path: Path) -> None:
 
     def start(folder: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", RUN, str(tmp_path / folder), str(tmp_path / f"{folder}.pt")]
-        return subprocess.Popen(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.PIPE, text=True
+        )
 
     assert start("whole").wait() == 0
     for kill in range(10):
@@ -226,7 +228,7 @@ def test_what_cannot_be_trained_on_says_so(tmp_path: Path) -> None:
     stored = in_shards(tmp_path / "acts", rows(), "L3.mlp_out")
     sae = untrained("topk")
     sae.cfg.metadata["site"] = "L1.resid_post"
-    with pytest.raises(PlanError, match="holds no L1.resid_post; it holds L3.mlp_out"):
+    with pytest.raises(PlanError, match=r"holds no L1\.resid_post; it holds L3\.mlp_out"):
         interp.train_sae(sae, stored)
 
 

@@ -86,7 +86,9 @@ class Hooked:
 
 
 def close(got: Any, want: Any) -> None:
-    np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=0, atol=allowed(torch.as_tensor(np.asarray(want))))
+    np.testing.assert_allclose(
+        np.asarray(got), np.asarray(want), rtol=0, atol=allowed(torch.as_tensor(np.asarray(want)))
+    )
 
 
 @forms
