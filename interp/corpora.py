@@ -60,7 +60,7 @@ CORPORA = {
 _INSTEAD = "a folder of .txt files, one text file, or a list of strings does as well: corpus('folder')"
 
 
-def corpus(name: str | os.PathLike[str] | Iterable[Any], cache: str | os.PathLike[str] | None = None) -> list[str]:
+def corpus(name: str | os.PathLike[str] | Iterable[object], cache: str | os.PathLike[str] | None = None) -> list[str]:
     """Documents, always in the same order: of a corpus by name, or of what a person has.
 
     Args:

@@ -187,7 +187,7 @@ def neurons(
 
 
 def features(
-    view: View | Any, units: Numbers | None = None, layers: Numbers | None = None, positions: Positions = None
+    view: Any, units: Numbers | None = None, layers: Numbers | None = None, positions: Positions = None
 ) -> Product:
     """One cell for each part of a view: a feature of a dictionary, a coordinate of a basis; as `neurons`.
 

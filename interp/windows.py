@@ -203,14 +203,14 @@ def prompts_from(request: Request, texts: Iterable[Any]) -> Iterator[tuple[int, 
             continue
         end = None if request.max_length is None else request.max_length
         body = Waiting(ids[lead:end], tuple((number, place) for place in range(lead, len(ids[:end]))))
-        waiting = Waiting(waiting.ids + body.ids, waiting.index + body.index)
+        waiting = Waiting(waiting.ids + body.ids, waiting.of + body.of)
         size = cut.context - lead
         if size < 1:
             raise PlanError(f"context={cut.context} leaves no room behind the {lead} tokens that come before each text")
         model.check_length("a row", cut.context, "give a smaller context=")
         while len(waiting.ids) >= size or (cut.documents and waiting.ids):
             yield number, dropped(row_of(ids[:lead], waiting, size), request, lead, special)
-            waiting = Waiting(waiting.ids[size:], waiting.index[size:])
+            waiting = Waiting(waiting.ids[size:], waiting.of[size:])
     if waiting.ids and cut.context is not None:
         yield number, dropped(row_of((), waiting, cut.context), request, 0, special)
 
@@ -219,13 +219,13 @@ class Waiting(NamedTuple):
     """Tokens that are not in a row yet, with the text and position of each."""
 
     ids: tuple[int, ...]
-    index: tuple[tuple[int, int], ...]
+    of: tuple[tuple[int, int], ...]
 
 
 def row_of(lead: tuple[int, ...], waiting: Waiting, size: int) -> Prompt:
     """A row of the first tokens that wait, behind what comes before each text."""
     ids = lead + waiting.ids[:size]
-    return Prompt(ids, tuple(range(len(lead), len(ids))), waiting.index[:size])
+    return Prompt(ids, tuple(range(len(lead), len(ids))), waiting.of[:size])
 
 
 def lead_of(ids: tuple[int, ...], prefix: tuple[int, ...], special: set[int]) -> int:

@@ -1,9 +1,10 @@
 """Circuits: found, pruned, run with all else cut, evaluated; as graphs of Sites, in memory and in files."""
 
 from .circuit import Circuit
+from .compare import compare_circuits, stability
 from .discovery import discover
 from .eap_ig import from_eap_ig, to_eap_ig
-from .faithfulness import Evaluation, compare_circuits, evaluate_circuit, stability
+from .faithfulness import Evaluation, evaluate_circuit
 from .features import FeatureCircuit
 from .formats import from_graphml, from_json, to_graphml, to_json
 from .nodes import Facts

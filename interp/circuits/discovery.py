@@ -113,8 +113,8 @@ def discover(
     if level == "feature":
         if method not in ("eap", "eap-ig"):
             raise CircuitError(f"features are scored by 'eap' or 'eap-ig', not by {method!r}")
-        more = {"top": options.get("top", 100), "alphas": alphas, "options": how}
-        return discover_features(model, pairs, options.get("saes", ()), method, metric, **more)
+        saes, top = options.get("saes", ()), options.get("top", 100)
+        return discover_features(model, pairs, saes, method, metric, top=top, alphas=alphas, options=how)
     if given := [name for name in ("saes", "top") if options.get(name) is not None]:
         raise CircuitError(f"{given[0]}= is of no use at level={level!r}; it goes with level='feature'")
     gradient = method not in PATCHING

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 #: Levels between 0 and a feature's largest activation in which activations of tokens are kept.
 LEVELS = 1000
-#: What the page says of the tokens that a feature raises and lowers.
+#: What the page says of promoted and suppressed tokens.
 DIRECT = (
-    "Tokens that a feature raises and lowers are those of the direct path alone: its decoder row through the final norm, "
+    "Promoted and suppressed tokens are those of the direct path alone: a feature's decoder row through the final norm, "
     "whose scale is frozen at its mean over the texts, and the unembedding."
 )
 MAX_TOKENS = 600_000  # that a page shows; each is about seven bytes of it
@@ -71,7 +71,7 @@ def plot_features(
 
     Of each feature: the contexts in which it fires most, tokens coloured by activation; the histogram of its activations above
     0, and its density, the share of tokens on which it fires; the five features of the dictionary whose activations correlate
-    most with its own; the ten tokens whose logits it raises and lowers most by the direct path: its decoder row through the
+    most with its own; the ten tokens that it promotes and suppresses most by the direct path: its decoder row through the
     final norm, whose scale is frozen at its mean over the texts, and the unembedding.
 
     Args:

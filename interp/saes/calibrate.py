@@ -65,7 +65,7 @@ def measured(sae: Dictionary, rows: Held) -> dict[str, float]:
     for chunk, target in zip(rows.chunks(), targets, strict=True):
         x = chunk[:, : used.cfg.d_in].to(used.W_enc)
         acts = used.encode(x)
-        out = used.decode(acts) if not is_transcoder(used) else used(x)  # type: ignore[operator]
+        out = used.decode(acts) if not is_transcoder(used) else used(x)
         fired += (acts > 0).sum(0).cpu()
         active += float((acts > 0).sum())
         error += float((out - target).double().pow(2).sum())

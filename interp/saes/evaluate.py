@@ -1,8 +1,6 @@
 """How good a dictionary is on a model: what it explains, what its reconstruction costs the model, which features are used.
 
-1. Statistics: activations are collected as they are for training, and encoded; sums are kept, nothing else.
-2. Losses: each row of tokens is run once plainly and once for each thing that takes the activation's place; rows branch off
-   where they differ, so the layers below run once.
+Activations are collected as they are for training, and encoded; sums are kept, nothing else. Losses are those of `losses`.
 """
 
 from __future__ import annotations
@@ -15,26 +13,18 @@ import torch
 from torch import Tensor
 
 from ..collect import request_of, run_window
-from ..engine.door import Work, do
-from ..engine.program import Place, Program
-from ..engine.reading import Reading, entry, packed, read_program, run_readings
-from ..engine.trace import Found, execute
 from ..errors import PairsError, PlanError
 from ..models.model import Model
-from ..sites import KIND, Site
-from ..views import View
-from ..windows import MASSIVE, Cut, Prompt, bar_of, prompts_from, windows
+from ..sites import Site
+from ..windows import MASSIVE, Cut, bar_of, prompts_from, windows
 from .library import Dictionary, is_transcoder
-from .views import describe, error_view, inference, site_of
+from .losses import REFERENCES, losses
+from .views import describe, inference, site_of
 
-#: What takes the place of the activation, and the references that recovery is counted from.
-REFERENCES = ("zero", "zero_everywhere", "mean")
 #: A feature that is active on more than this share of tokens is dense.
 DENSE = 0.1
 #: Tokens of a row.
 CONTEXT = 128
-#: Numbers of logits that one forward pass may hold.
-LOGITS = 2**27
 
 
 @dataclass(frozen=True)
@@ -191,110 +181,6 @@ def statistics(
         for part, want, out in zip(x.split(2048), target.split(2048), massive.split(2048), strict=True):
             entered = part.to(sae.device, sae.dtype)
             acts = sae.encode(entered)
-            made = sae(entered) if is_transcoder(sae) else sae.decode(acts)  # type: ignore[operator]
+            made = sae(entered) if is_transcoder(sae) else sae.decode(acts)
             sums.add(want, made.float().cpu(), acts, out)
     return sums
-
-
-def losses(
-    model: Model,
-    sae: Dictionary,
-    at: tuple[Site, Site],
-    rows: Sequence[Prompt],
-    mean: Tensor,
-    progress: bool | None,
-) -> dict[str, float]:
-    """Cross-entropy of the next token, in nats: plainly, and with each thing in the activation's place."""
-    view = None if is_transcoder(sae) else error_view(sae, at[1])
-    splices = Splices(model, sae, at, mean, view)
-    lengths = [len(row.ids) for row in rows]
-    names = ("clean", "spliced", *REFERENCES)
-    budget = max(max(lengths), LOGITS // model.vocab_size // len(names))
-    totals = torch.zeros(len(names), dtype=torch.float64)
-    count = 0
-
-    def put(piece: Reading, result: Found) -> int:
-        nonlocal count
-        found = result["next_loss"][0].double().reshape(len(names), -1)
-        totals.add_(found.sum(1))
-        count += found.shape[1]
-        return len(piece.asked)
-
-    pieces = [
-        Reading.of(group, lambda chosen: splices.program([rows[i] for i in chosen]))
-        for group in packed(lengths, budget)
-    ]
-    do(model, Work(pieces, put, execute, None, len(rows), "row", "losses"), progress)
-    return dict(zip(names, (totals / count).tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class Splices:
-    """The forward passes of `losses`: rows of every text, in the order of the names, behind one another."""
-
-    model: Model
-    sae: Dictionary
-    at: tuple[Site, Site]
-    mean: Tensor
-    view: View | None  # set to 0 it leaves the reconstruction; a transcoder has none
-
-    def program(self, rows: Sequence[Prompt]) -> Program:
-        """One pass over some rows: plain ones, and a copy of each for every thing that takes the activation's place."""
-        count, layer, kind = len(rows), self.at[1].layer or 0, self.at[1].kind
-        width = max(len(row.ids) for row in rows)
-        at = [(row, width - len(one.ids) + place) for row, one in enumerate(rows) for place in one.places]
-        view = self.view
-        site: Place = (layer, view.name if view is not None else kind)
-        values: dict[Place, Tensor] = {site: self.spliced(rows, width)}
-        own = values.setdefault((layer, kind), torch.zeros(0, 1, 1))
-        constants = torch.stack([torch.zeros_like(self.mean), self.mean])[:, None].expand(-1, own.shape[1] or 1, -1)
-        start = len(own) if view is None else 0
-        values[layer, kind] = torch.cat([own, constants]) if start else constants
-        edits = []
-        for row, column in at:
-            where = {"column": column, "source_column": column}
-            first = row if view is None else 0
-            edits.append(entry(layer, site[1], "set", count + row, [view.name] if view else [], value=first, **where))
-            for number, value in ((2, start), (4, start + 1)):
-                edits.append(entry(layer, kind, "set", number * count + row, value=value, **where))
-        edits += [entry(layer, kind, "set", 3 * count + row, value=start) for row in range(count)]
-        more = {
-            "edits": edits,
-            "values": values,
-            "origin": list(range(count)) * 4,
-            "stage": [layer + KIND[kind].stage] * (4 * count),
-            "views": {view.name: view.seen()} if view is not None else {},
-        }
-        last = self.model.n_layers - 1
-        made = read_program(self.model, [row.ids for row in rows], [(last, "resid_post")], **more)
-        asked = [(row, column) for row, column in at if column < width - 1]
-        made["readout"] = {"kind": "lens", "layers": [last], "top": 1, **self.following(rows, asked, width, count)}
-        return made
-
-    def following(
-        self, rows: Sequence[Prompt], asked: Sequence[tuple[int, int]], width: int, count: int
-    ) -> dict[str, Tensor]:
-        """Which token comes next where, for every copy of the rows."""
-        nexts = [rows[row].ids[column - width + len(rows[row].ids) + 1] for row, column in asked]
-        row_of, columns = torch.tensor(asked).unbind(1)
-        every = torch.cat([row_of + number * count for number in range(5)])
-        return {"rows": every, "columns": columns.repeat(5), "next": torch.tensor(nexts).repeat(5)}
-
-    @torch.no_grad()
-    def spliced(self, rows: Sequence[Prompt], width: int) -> Tensor:
-        """Constants of the spliced rows `[value, position or 1, feature]`: no error, or what a transcoder makes."""
-        if not is_transcoder(self.sae):
-            return torch.zeros(1, 1, 1)
-        site = self.at[0].place
-        found: list[Tensor] = []
-
-        def program(chosen: Sequence[int]) -> Program:
-            return read_program(self.model, [rows[i].ids for i in chosen], [site], last=site[0])
-
-        def put(piece: Reading, result: Found) -> None:
-            found.append(result["reads"][site])
-
-        run_readings(self.model, [Reading.of(range(len(rows)), program)], put)
-        x = found[0].to(self.sae.device, self.sae.dtype)
-        made: Tensor = self.sae(x)  # type: ignore[operator]
-        return made.float().cpu()

@@ -35,9 +35,14 @@ class Config(Protocol):
 
     def to_dict(self) -> dict[str, Any]: ...
 
+    def get_inference_sae_cfg_dict(self) -> dict[str, Any]: ...
+
 
 class Dictionary(Protocol):
-    """An autoencoder or transcoder of SAELens, for training or for use. W_enc `[d_in, d_sae]`, W_dec `[d_sae, d_out]`."""
+    """An autoencoder or transcoder of SAELens, for training or for use. W_enc `[d_in, d_sae]`, W_dec `[d_sae, d_out]`.
+
+    Those for training also have the last three.
+    """
 
     cfg: Config
     W_enc: Tensor
@@ -45,6 +50,8 @@ class Dictionary(Protocol):
     b_dec: Tensor
     device: torch.device
     dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor: ...
 
     def encode(self, x: Tensor) -> Tensor: ...
 
@@ -54,7 +61,11 @@ class Dictionary(Protocol):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> Any: ...
 
-    def parameters(self) -> Any: ...
+    topk_threshold: Tensor
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Tensor]) -> None: ...
 
 
 @cache

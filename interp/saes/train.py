@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pandas as pd
 import torch
@@ -26,10 +26,11 @@ from ..errors import CheckpointError, PlanError
 from ..files import path_of
 from ..options import refuse_unknown
 from .calibrate import Held, calibrate, measured
-from .data import ESTIMATE, Data, data_of, finite
+from .data import ESTIMATE, Data, data_of
 from .library import Dictionary, is_training, is_transcoder, sae_lens
 from .make import SCALED
 from .state import load, store
+from .streams import finite
 from .views import describe
 
 #: The recipe that trained a topk dictionary of 2,304 features with under 1 % dead on 400,000 tokens.
@@ -139,7 +140,7 @@ def train_sae(
         PlanError: before work, data that does not fit; and a batch with NaN or infinity, or a loss that is none.
         CheckpointError: the folder holds another run.
     """
-    saes = list(sae) if isinstance(sae, list | tuple) else [sae]
+    saes: list[Dictionary] = [*sae] if isinstance(sae, list | tuple) else [cast(Dictionary, sae)]
     tracker: Tracker | None = options.pop("tracker", None)
     refuse_unknown(options, ("lr_end", "warm_up", "decay", "dead_after", "tracker"))
     schedule = Schedule(lr, **options)

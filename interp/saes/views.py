@@ -103,7 +103,7 @@ _VIEWS: WeakKeyDictionary[Dictionary, dict[tuple[str, str], View]] = WeakKeyDict
 
 def name_at(site: Site, what: str = "sae") -> str:
     """What a dictionary's view is called, apart from those at other sites: "sae8", "sae8_mlp_out"."""
-    return f"{what}{site.layer}" + ("" if site.kind == "resid_post" else f"_{site.kind}")
+    return f"{what}{site.layer}" + ("" if site.kind == MODULES[""] else f"_{site.kind}")
 
 
 def view_of(sae: Dictionary, site: str | Site | None = None, name: str | None = None) -> View:

@@ -116,8 +116,8 @@ function draw(feature) {
   figures.id = "figures";
   add(figures, titled("Activations above 0", "tokens, log scale, by activation", histogram(feature)),
     titled("Correlated features", "r of activations over all tokens", beside(feature)),
-    titled("Raises", "logits for an activation of 1, direct path", pairs(feature.p, false)),
-    titled("Lowers", "logits for an activation of 1, direct path", pairs(feature.s, true)));
+    titled("Promoted tokens", "logits for an activation of 1, direct path", pairs(feature.p, false)),
+    titled("Suppressed tokens", "logits for an activation of 1, direct path", pairs(feature.s, true)));
   detail.replaceChildren(head, facts, titled("Where it fires most", "", contexts), figures);
 }
 function titled(title, caption, content) {
