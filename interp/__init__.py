@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .lens import logit_lens
     from .plots import plot_activation_patching_results, plot_attention, plot_circuit_graph, plot_features
     from .saes import SparseAutoencoder, evaluate_sae, load_sae, save_sae, train_sae
+    from .steering import steer, steering_vector
     from .tracing import causal_trace
 
 #: Names that are imported when they are first asked for, and the room that has them: bokeh and networkx are slow to import.
@@ -51,6 +52,8 @@ _LATER = {
     "plot_features": ".plots",
     "run_circuit": ".circuits",
     "save_sae": ".saes",
+    "steer": ".steering",
+    "steering_vector": ".steering",
     "train_sae": ".saes",
 }
 
@@ -97,6 +100,8 @@ __all__ = [
     "save_sae",
     "set_seed",
     "sets",
+    "steer",
+    "steering_vector",
     "tasks",
     "train_sae",
 ]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -42,7 +43,7 @@ def compared(model: interp.Model, site: interp.Site, stored: StoredActivations, 
     return {"untrained": untrained, **made}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> Path:
     """Collect, train, evaluate, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--texts", help="a folder of .txt files instead")
     parser.add_argument("--features", type=int, default=100, help="features on the page")
     parser.add_argument("--out", type=Path, default=Path("artifacts/train_sae"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     interp.set_seed(0)
     started = time.perf_counter()
 
@@ -99,6 +100,8 @@ def main() -> None:
     busy = [int(i) for i in density.argsort(descending=True) if density[i] < 0.1][: args.features]
     interp.plot_features(model, loaded, held, features=busy).save(args.out / "features.html")
     say(f"written to {args.out}")
+    out: Path = args.out
+    return out
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from .families import loaded
 COMPONENTS = ["resid_post", "attn_out", "mlp_out"]
 
 
-def quick_start(model: interp.Model, answer_tokens: list[int], threshold: float) -> None:
+def quick_start(model: interp.Model, answer_tokens: list[int], threshold: float, folder: Path) -> None:
     interp.set_seed(42)
     results = interp.comprehensive_activation_patching(
         model,
@@ -37,6 +38,12 @@ def quick_start(model: interp.Model, answer_tokens: list[int], threshold: float)
     activations = interp.collect_activations(model, ["your", "prompts", "here"], layer=1, component="mlp_out")
     (batch,) = next(iter(DataLoader(TensorDataset(activations), batch_size=32, shuffle=True)))
     assert batch.shape == activations.shape and batch.shape[1] == model.cfg.d_model
+    sae = interp.SparseAutoencoder(d_model=model.cfg.d_model, d_hidden=model.cfg.d_model * 4, sparsity_coef=1e-3)
+    train_loader = DataLoader(TensorDataset(activations), batch_size=32, shuffle=True)
+    interp.train_sae(sae, train_loader, n_epochs=10, lr=1e-3)
+    interp.save_sae(sae, folder / "saes" / "l6_mlp", metadata={"layer": 1, "component": "mlp_out"})
+    plan = interp.features(interp.load_sae(folder / "saes" / "l6_mlp", model), [0, 1])
+    assert plan.components[0].tap == interp.Site("mlp_out", layer=1)
 
     important_heads = interp.iterative_pruning(
         model,
@@ -63,12 +70,12 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama_gqa"])
-def test_the_quick_start_on_a_tiny_model(family: str, pages: list[str]) -> None:
-    quick_start(loaded(family), [20, 33], 0.1)
+def test_the_quick_start_on_a_tiny_model(family: str, pages: list[str], tmp_path: Path) -> None:
+    quick_start(loaded(family), [20, 33], 0.1, tmp_path)
     assert len(pages) == 3
 
 
 @pytest.mark.slow
-def test_the_quick_start_on_the_bundled_model(bundled: interp.Model, pages: list[str]) -> None:
-    quick_start(bundled, [3000, 3576], 0.5)
+def test_the_quick_start_on_the_bundled_model(bundled: interp.Model, pages: list[str], tmp_path: Path) -> None:
+    quick_start(bundled, [3000, 3576], 0.5, tmp_path)
     assert len(pages) == 3

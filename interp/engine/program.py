@@ -52,6 +52,7 @@ class Program(TypedDict, total=False):
     edges: dict[str, Any]  # changed reads, see `interp.engine.edges`
     noise: NoiseTable
     readout: dict[str, Any]  # what is made of the activations that are read, see `interp.engine.readout`
+    generation: dict[str, Any]  # tokens that are made, see `interp.engine.generating`
     # gradients, see `interp.engine.gradients`
     tape: Sequence[Place]  # sites whose gradients are wanted
     base: Tensor  # [pair] rows of the base run

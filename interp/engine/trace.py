@@ -19,6 +19,7 @@ from ..models.layout import Envoy, Taps
 from .edge_gradients import edge_scores, edge_tapes
 from .feature_edges import feature_scores, feature_tapes
 from .forward import forward, walk
+from .generating import Generating
 from .gradients import Tape, attributions, slope, total_of, wanted_tapes
 from .rotary import RowsAlone
 from .state import Run
@@ -151,4 +152,26 @@ def contributions(
             written = nnsight.save(torch.cat([part[0].cpu() for part in run.edges.parts]))
             biases = nnsight.save(torch.cat([bias[:1].cpu() for bias in run.edges.biases]))
         hand_on(index, (written, biases), results, done)
+    return results
+
+
+def generated(
+    model: Envoy, taps: Taps, programs: list[Program], metric: Metric | None, done: Done | None = None
+) -> list[Found]:
+    """Make tokens with edits that hold while they are made: {"tokens": [row, step], "logits": …} of each program."""
+    results: list[Found] = []
+    for index, program in enumerate(programs):
+        made = Generating(program)
+        while made.goes_on:
+            step = made.step()
+            run = Run(taps, step)
+            inputs = step["inputs"]
+            if made.cache is not None:
+                run.cache = made.cache
+                inputs = {**inputs, "past_key_values": made.cache, "use_cache": True}
+            with RowsAlone(model, taps), torch.no_grad(), model.trace(**inputs):
+                result = nnsight.save({})
+                forward(model, run, None, result)
+            made.take(result["logits"])
+        hand_on(index, made.result(), results, done)
     return results

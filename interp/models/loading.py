@@ -70,6 +70,7 @@ def load_model(
 
     from ..audit import audit, check_reads
     from ..engine.backends import Local, make_backend
+    from ..generation import generate
 
     if isinstance(tokenizer, ProcessorMixin):  # of a vision model: it would take a prompt for a picture
         tokenizer = getattr(tokenizer, "tokenizer", None)
@@ -112,7 +113,7 @@ def load_model(
         known = tokenizer or ids_only(int(hf.config.get_text_config().vocab_size))
         nn = wrapped(hf, tokenizer=known, task="text-generation")
     taps, revision = make_taps(hf, family), revision or commit
-    loaded = Model(name, hf, nn, tokenizer, family, taps, backend, prefix or "", revision, note, audit)
+    loaded = Model(name, hf, nn, tokenizer, family, taps, backend, prefix or "", revision, note, audit, generate)
     if check and isinstance(backend, Local):
         check_reads(loaded)
     return loaded

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,10 @@ from ..pairs import EncodedPairs, PromptPairs
 from ..sites import KINDS, KV_KINDS, Site
 from .families import Family
 from .layout import Envoy, Taps, count_of
+
+if TYPE_CHECKING:
+    from ..edits import Edit
+    from ..generation import Generation
 
 #: What every method rests on that follows or cuts edges, see `interp.audit.laws`.
 EDGE_LAWS = ("senders", "receivers")
@@ -44,6 +48,8 @@ class Model:
     note: str = ""
     #: what audits it: given by `load_model`, since an audit runs the engine, which needs models
     auditor: Callable[..., AuditReport] | None = None
+    #: what makes tokens with it: given likewise
+    generator: Callable[..., Generation] | None = None
     #: sites refused because an audit showed them to be wrong: {kind: reason}
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -241,6 +247,11 @@ class Model:
         """Prove every tap of this model, read and write; a site that fails is refused from then on. See `interp.audit`."""
         assert self.auditor is not None, "made by load_model"
         return self.auditor(self, **options)
+
+    def generate(self, prompt: Any, edits: Sequence[Edit] = (), steps: int = 20, **options: Any) -> Generation:
+        """Make tokens with edits that hold while they are made. See `interp.generation.generate`."""
+        assert self.generator is not None, "made by load_model"
+        return self.generator(self, prompt, edits, steps, **options)
 
     def __repr__(self) -> str:
         grouped = f" over {self.n_kv_heads} kv heads" if self.n_kv_heads != self.n_heads else ""

@@ -86,7 +86,9 @@ def data_of(
         own = int(getattr(given, "batch_size", None) or size)
         if not length():
             raise PlanError("the loader of activations has no batch: give it data, or a smaller batch_size")
-        return Data(Loaded(given, own, epochs or 1, length()), columns)
+        loaded = Loaded(given, own, epochs or 1, length())
+        check_widths(saes, next(loaded.peek(1)).shape[1], columns)
+        return Data(loaded, columns)
     if tokens is None or not isinstance(given, Iterable):
         raise PlanError(
             f"train_sae was given a {type(given).__name__}: give stored activations, a tensor [row, width], a DataLoader with "

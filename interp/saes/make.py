@@ -12,6 +12,9 @@ from ..models.model import Model
 from ..sites import Site
 from .library import Dictionary, sae_lens
 
+#: What says how sparse architectures are whose active features are counted.
+COUNTED = "k"
+
 
 class Architecture(NamedTuple):
     """Which classes of SAELens an architecture is, and what says how sparse it is, with its default."""
@@ -131,18 +134,18 @@ def settings(name: str, size: int, k: int | None, coefficient: float | None, opt
     sparsity, default = ARCHITECTURES[name].sparsity, ARCHITECTURES[name].default
     if size < 1:
         raise PlanError(f"d_sae={size}: a dictionary has 1 feature or more")
-    if (k is not None) > (sparsity == "k"):
+    if (k is not None) > (sparsity == COUNTED):
         raise PlanError(f"k={k} is of no use to {name!r}; its sparsity is set by sparsity_coef= ({sparsity})")
-    if (coefficient is not None) > (sparsity != "k"):
+    if (coefficient is not None) > (sparsity != COUNTED):
         raise PlanError(f"sparsity_coef={coefficient} is of no use to {name!r}; its sparsity is set by k=")
     value = k if k is not None else coefficient if coefficient is not None else default
-    if sparsity == "k" and not 1 <= value <= size:
+    if sparsity == COUNTED and not 1 <= value <= size:
         raise PlanError(f"k={value} active features of d_sae={size}: k is 1 to d_sae")
     if not value >= 0:
         raise PlanError(f"sparsity_coef={value}: it is 0 or more")
-    value = int(value) if sparsity == "k" else float(value)
+    value = int(value) if sparsity == COUNTED else float(value)
     made = {"normalize_activations": SCALED, sparsity: value, **options}
-    if sparsity == "k" and made["normalize_activations"] in ("layer_norm", "constant_norm_rescale"):
+    if sparsity == COUNTED and made["normalize_activations"] in ("layer_norm", "constant_norm_rescale"):
         raise PlanError(
             f"normalize_activations={made['normalize_activations']!r} with {name!r}: its loss for dead features is not "
             f"defined then; leave it at {SCALED!r}, or take 'standard', 'gated' or 'jumprelu'"

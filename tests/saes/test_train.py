@@ -210,6 +210,8 @@ def test_what_cannot_be_trained_on_says_so(tmp_path: Path) -> None:
         (lambda: train(nan_rows()), "1 of 3000 rows of activations hold NaN or infinity"),
         (lambda: train(rows() / 0.0), "NaN or infinity"),
         (lambda: train(rows()[:, :10]), "over 16 numbers cannot be trained on rows of 10"),
+        (lambda: train(DataLoader(TensorDataset(rows()[:, :10]), batch_size=8)), "cannot be trained on rows of 10"),
+        (lambda: train(DataLoader(TensorDataset(nan_rows()), batch_size=8)), "1 of 8 rows of activations hold NaN"),
         (lambda: train(rows()[:100], batch_size=128), "batches of 128 rows from 100"),
         (lambda: train(rows(), tokens=100), "less than one batch of 512"),
         (lambda: train(rows(), tokens=0), "tokens=0: it is 1 or more"),

@@ -1,0 +1,174 @@
+"""Generation under edits: tokens made one after another, with activations changed at every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .cells import Cell, Resolved
+from .edits import Edit
+from .encoded import EncodedPairs
+from .engine.context import Context, Runs, context_of
+from .engine.program import Program
+from .engine.reading import Reading, encode_prompts, entry, packed, read_program, run_readings
+from .engine.schedule import token_budget
+from .engine.trace import Found, generated
+from .errors import PlanError
+from .plan import sets
+from .tokens import Text
+
+if TYPE_CHECKING:
+    from .models.model import Model
+
+#: Where edits without a position of their own hold.
+WHERE = ("all", "prompt", "generated")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Tokens that were made, by prompt: `tokens` (an end included), `text`, and `logits` `[prompt, step, d_vocab]` if asked for;
+    NaN behind a prompt's end."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    tokens: tuple[tuple[int, ...], ...]
+    text: tuple[str, ...]
+    logits: Tensor | None = None
+
+    def __str__(self) -> str:
+        return "\n".join(self.text)
+
+
+def generate(
+    model: Model,
+    prompt: str | Sequence[Any],
+    edits: Sequence[Edit] = (),
+    steps: int = 20,
+    *,
+    positions: str = "all",
+    logits: bool = False,
+    stop: bool = True,
+    cache: bool = True,
+    max_tokens: int | None = None,
+) -> Generation:
+    """The most likely next token, `steps` times, with edits that hold while tokens are made.
+
+    Args:
+        prompt: a string or token ids, or several of them.
+        edits: `interp.Edit`s that set, add or scale; of a feature in the delta form x + D(f′ − f). One whose site has a position
+            holds at that token of the prompt alone (from each prompt's own first token, or negative from its end).
+        positions: where edits without a position hold: "all", at the "prompt"'s tokens, or at "generated" ones as they are read
+            again (the first of them is chosen before any is).
+        logits: return them, too.
+        stop: a prompt ends with the model's own end token.
+        cache: keys and values of earlier tokens are kept; the numbers are the same, and faster. Where rotary frequencies
+            depend on the length of the whole, they are not kept whatever is asked for.
+
+    Raises:
+        PlanError: an edit that takes its value from another run, that differs by position, or a word that is none of the three.
+        SiteError, AuditError: a site that this model does not have. PairsError: a prompt that is none, or too long.
+    """
+    if positions not in WHERE:
+        raise PlanError(f"positions={positions!r}; it is one of {', '.join(WHERE)}")
+    if steps < 1:
+        raise PlanError(f"steps={steps}: make 1 token or more")
+    if taken := [edit for edit in edits if edit.op == "replace"]:
+        raise PlanError(f"{taken[0].site} is to be replaced, and there is no second run: set it, add to it or scale it")
+    encoded = encode_prompts(model, prompt if not is_ids(prompt) else [prompt])
+    longest = max(map(len, encoded.clean))
+    model.check_length(
+        "the prompt with what is made", longest + steps - 1, "make fewer tokens, or give a shorter prompt"
+    )
+    resolved = sets({"edits": list(edits)}).resolve(model, encoded) if edits else Resolved((), (), {})
+    context = context_of(model, Runs(encoded), resolved, "prefix")
+    if moving := [site for site, values in context.values.items() if values.shape[1] > 1]:
+        raise PlanError(
+            f"the value of the edit at layer {moving[0][0]}, {moving[0][1]} differs by position; give [feature]"
+        )
+    asked = Asked(model, encoded, context, resolved.cells[0] if resolved.cells else Cell((0,)), positions)
+    spec = {
+        "steps": steps,
+        "end": ends_of(model) if stop else [],
+        "cache": context.cache_class if cache and not model.taps["rotary"] else None,
+        "keep": logits,
+    }
+    found: dict[int, Found] = {}
+
+    def put(piece: Reading, result: Found) -> None:
+        for row, number in enumerate(piece.asked):
+            found[number] = {key: None if value is None else value[row] for key, value in result.items()}
+
+    groups = packed([len(one) + steps for one in encoded.clean], max_tokens or token_budget(model))
+    pieces = [Reading.of(group, lambda chosen: asked.program(chosen, spec)) for group in groups]
+    run_readings(model, pieces, put, generated, None, ("tokens", False))
+    return made_of(model, encoded, [found[number] for number in range(len(encoded))], spec["end"])
+
+
+def is_ids(prompt: Any) -> bool:
+    """Whether it is one prompt of token ids."""
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], int)
+
+
+def ends_of(model: Model) -> list[int]:
+    """The tokens with which the model ends a text."""
+    config = getattr(model.hf, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None) or getattr(model.tokenizer, "eos_token_id", None)
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Edits of some prompts, as programs over any of them."""
+
+    model: Model
+    encoded: EncodedPairs
+    context: Context
+    cell: Cell
+    positions: str
+
+    def program(self, chosen: Sequence[int], spec: dict[str, Any]) -> Program:
+        """The program over these prompts, whose edits are those at their own tokens."""
+        prompts = [self.encoded.clean[number] for number in chosen]
+        width = max(map(len, prompts))
+        tables: dict[str, list[tuple[int, ...]]] = {"prompt": [], "later": []}
+        for row, number in enumerate(chosen):
+            shift = width - len(prompts[row])
+            for edit, place in self.cell.edits:
+                found = place.columns(self.encoded, number) if edit.site.position is not None else None
+                for at in found[0] if found else ():
+                    tables["prompt"].append(self.entry(edit, row, at + shift))
+                for name, word in (("prompt", "prompt"), ("later", "generated")):
+                    if edit.site.position is None and self.positions in ("all", word):
+                        tables[name].append(self.entry(edit, row))
+        values, views = self.context.values, self.context.views
+        program = read_program(self.model, prompts, edits=tables["prompt"], values=values, views=views)
+        later = read_program(self.model, prompts, edits=tables["later"])["edits"]
+        program["generation"] = {**spec, "later": later}
+        return program
+
+    def entry(self, edit: Edit, row: int, column: int = -1) -> tuple[int, ...]:
+        """An edit of one row as tables have it; column -1 is everywhere."""
+        part, value = self.context.part(edit.site), self.context.value_index(edit)
+        views = list(self.context.views)
+        return entry(*edit.site.place, edit.op, row, views, column=column, part=part, value=value)
+
+
+def made_of(model: Model, encoded: EncodedPairs, found: Sequence[Found], ends: Sequence[int]) -> Generation:
+    """What a person gets: each prompt's tokens up to its end."""
+    tokens, steps = [], max(len(one["tokens"]) for one in found)
+    for one in found:
+        ids = one["tokens"].tolist()
+        stops = [place for place, token in enumerate(ids) if token in ends]
+        tokens.append(tuple(ids[: stops[0] + 1] if stops else ids))
+    reader = Text(model.tokenizer)
+    decode = getattr(model.tokenizer, "decode", None)
+    text = tuple(decode(list(ids)) if decode else "".join(map(reader.label, ids)) for ids in tokens)
+    logits = None
+    if found[0]["logits"] is not None:
+        logits = torch.full((len(found), steps, found[0]["logits"].shape[-1]), float("nan"))
+        for row, (one, ids) in enumerate(zip(found, tokens, strict=True)):
+            logits[row, : len(ids)] = one["logits"][: len(ids)]
+    return Generation(tuple(encoded.clean), tuple(tokens), text, logits)
