@@ -89,7 +89,7 @@ def generate(
             f"the value of the edit at layer {moving[0][0]}, {moving[0][1]} differs by position; give [feature]"
         )
     asked = Asked(model, encoded, context, resolved.cells[0] if resolved.cells else Cell((0,)), positions)
-    spec = {
+    spec: dict[str, Any] = {
         "steps": steps,
         "end": ends_of(model) if stop else [],
         "cache": context.cache_class if cache and not model.taps["rotary"] else None,
