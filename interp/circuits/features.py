@@ -37,6 +37,7 @@ from ..saes.splits import by_depth, cut_view
 from ..saes.views import error_view, view_of
 from ..sites import Site
 from ..views import View
+from .drawing import Box, Drawing
 
 LOGITS = "logits"
 SCHEMA = "interp.feature-circuit/1"
@@ -108,6 +109,29 @@ class FeatureCircuit:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CircuitError(f"{path} is no circuit of features: {error}") from error
         return cls(nodes, edges, data.get("meta", {}), tuple(saes))
+
+    def drawing(self) -> Drawing:
+        """Rows of the dictionaries, the logits on top; features by number."""
+        sites = [str(site) for site in self.meta.get("sites", ())]
+        rows = {
+            site.split(".")[0] + ("" if site.endswith("resid_post") else "." + site.split(".")[1]): site
+            for site in sites
+        }
+        names = list(rows)
+        boxes = []
+        for name, score in self.nodes.items():
+            layer, kind = name.split("[")[0].split(".", 1)
+            rest = kind.rsplit("_resid", 1)
+            row = names.index(layer if len(rest) == 1 else f"{layer}.resid{rest[1]}")
+            label = str(unit_of(name)) if "[" in name else "error"
+            boxes.append(Box(name, row, label, score))
+        boxes.append(Box(LOGITS, len(names), LOGITS))
+        about = (
+            f"{self.meta.get('metric')} · {len(self.nodes)} nodes, {len(self.edges):,} edges · features by their number"
+        )
+        title = f"Features by {self.meta.get('method')} · {self.meta.get('model')}"
+        quantity = f"change of {self.meta.get('metric')}"
+        return Drawing(boxes, self.edges, [*names, LOGITS], title, about, quantity)
 
     def __repr__(self) -> str:
         return f"FeatureCircuit({len(self.nodes)} nodes, {len(self.edges)} edges, {self.meta.get('sites')})"

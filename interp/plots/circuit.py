@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from bokeh.core.properties import value
@@ -20,40 +20,20 @@ from bokeh.models import (
     TapTool,
 )  # fmt: skip
 from bokeh.models.widgets.sliders import Slider
-from bokeh.palettes import interp_palette
 from bokeh.plotting import figure
 
 from ..circuits import Circuit
+from ..circuits.drawing import Drawing
 from ..circuits.nodes import node
 from ..errors import CircuitError, PlotError
 from .circuit_layout import Drawn, Layout, Patterns, drawn_edges, edge_source, node_names, node_source
 from .given import head_of
+from .layered import plot_layered
 from .page import FONT, INK, PAGE, Figure, Plot, color_scale, label_cells, panel, tooltip
+from .scale import LIGHT, diverging
 
 DEFAULT_SHOWN = 100
-#: Blue over a grey that still shows on white to red: the middle is a weak edge, not none.
-COLORS = ("#2166ac", "#67a9cf", "#d6d6d6", "#ef8a62", "#b2182b")
 
-_LIGHT = """
-const E = edges.data, N = nodes.data, n = slider ? slider.value : 1e9, count = N.rank.length;
-const shown = [], touched = new Set();
-for (let i = 0; i < E.rank.length; i++) if (E.rank[i] < n) {
-  shown.push(i); touched.add(E.start[i]); for (const t of E.ends[i]) touched.add(t);
-}
-const here = (j) => of_nodes ? N.rank[j] < n : touched.has(j) || N.rank[j] < 0;
-edge_filter.indices = shown;
-node_filter.indices = [...Array(count).keys()].filter(here);
-const chosen = nodes.selected.indices.filter(here).slice(0, 1), any = chosen.length > 0;
-const up = new Set(chosen), down = new Set(chosen), lit = new Set();
-const climbing = [...shown].sort((a, b) => N.y[E.start[a]] - N.y[E.start[b]]);
-for (const i of climbing) if (down.has(E.start[i])) { lit.add(i); for (const t of E.ends[i]) down.add(t); }
-for (const i of climbing.reverse()) if (E.ends[i].some((t) => up.has(t))) { lit.add(i); up.add(E.start[i]); }
-const fade = (data, i, alpha) => { moved ||= data.alpha[i] !== alpha; data.alpha[i] = alpha; };
-let moved = false;
-for (const i of shown) fade(E, i, !any ? E.plain[i] : lit.has(i) ? 0.95 : 0.06);
-for (let j = 0; j < count; j++) fade(N, j, !any || up.has(j) || down.has(j) ? 1 : 0.2);
-if (moved) { edges.change.emit(); nodes.change.emit(); }
-"""
 _PATTERN = """
 for (const j of nodes.selected.indices) {
   const at = nodes.data.pattern[j], all = weights.data.all, n = size * size;
@@ -65,8 +45,15 @@ for (const j of nodes.selected.indices) {
 """
 
 
+@runtime_checkable
+class HasDrawing(Protocol):
+    """A graph that says itself where its nodes stand: circuits of features."""
+
+    def drawing(self) -> Drawing: ...
+
+
 def plot_circuit_graph(
-    circuit_or_heads: Circuit | Sequence[tuple[int, int]],
+    circuit_or_heads: Circuit | HasDrawing | Sequence[tuple[int, int]],
     *,
     n_layers: int | None = None,
     n_heads: int | None = None,
@@ -82,7 +69,7 @@ def plot_circuit_graph(
     it. An edge enters a head at its left for q, in the middle for k, at its right for v.
 
     Args:
-        circuit_or_heads: a circuit, or (layer, head) of each head in it.
+        circuit_or_heads: a circuit, or (layer, head) of each head in it; or one of features, whose nodes stand in rows.
         n_layers, n_heads: of the model, so that a list of heads is drawn among all that it has; checked against a circuit.
         patterns: attention weights [query, key] by (layer, head), shown on a click on the head.
         tokens: labels of the patterns' positions; None: numbers.
@@ -92,13 +79,15 @@ def plot_circuit_graph(
     Raises:
         PlotError: what is neither a circuit nor a list of heads, sizes or patterns that do not fit.
     """
+    if isinstance(circuit_or_heads, HasDrawing):
+        return plot_layered(circuit_or_heads.drawing(), title=title, max_edges=max_edges)
     circuit = _circuit(circuit_or_heads)
     none = patterns is None or (isinstance(patterns, Mapping) and not patterns)
     beside = None if none else Patterns.of(patterns, tokens, circuit)
     room = PAGE - 60 - (beside.cell * len(beside.labels) + 130 if beside else 0)
     layout = Layout.of(circuit, room, n_layers, n_heads)
     of_nodes, edges = circuit.level == "node", drawn_edges(circuit, max_edges)
-    mapper = _mapper(circuit.scores().values() if of_nodes else [edge.score for edge in edges])
+    mapper = diverging(circuit.scores().values() if of_nodes else [edge.score for edge in edges])
     nodes = node_source(circuit, edges, layout, mapper, beside)
     rows = {name: i for i, name in enumerate(nodes.data["name"])}
     lines = edge_source(edges, layout, mapper, rows)
@@ -114,7 +103,7 @@ def plot_circuit_graph(
     if total > 1:
         what = ("strongest " if circuit.scores() else "") + ("nodes" if of_nodes else "edges") + " shown"
         slider = Slider(title=what, start=1, end=total, value=start, step=1, width=320, margin=0)
-    light = CustomJS(code=_LIGHT, args={
+    light = CustomJS(code=LIGHT, args={
         "slider": slider, "edges": lines, "nodes": nodes, "edge_filter": first, "node_filter": seen,
         "of_nodes": of_nodes,
     })  # fmt: skip
@@ -161,7 +150,7 @@ def plot_circuit_matrix(circuit: Circuit, *, title: str | None = None) -> Figure
     size = [int(np.clip(room / n, 2, 24)) for room, n in ((PAGE - 150, len(columns)), (760, len(rows)))]
     x, y = (-0.5, len(columns) - 0.5), (len(rows) - 0.5, -0.5)
     plot: Plot = panel(x, y, size[0] * len(columns), size[1] * len(rows))
-    mapper = _mapper(scores.values())
+    mapper = diverging(scores.values())
     corner: dict[str, Any] = {"x": -0.5, "y": -0.5, "dw": len(columns), "dh": len(rows)}
     kind_colours = LinearColorMapper(palette=["#ffffff", "#ececec", "#8f8f8f"], low=-0.5, high=2.5)
     plot.image([kinds], **corner, color_mapper=kind_colours)
@@ -233,12 +222,6 @@ def _circuit(given: Any) -> Circuit:
         return Circuit.from_nodes([head_of("a head", head) for head in given])
     except (TypeError, PlotError, CircuitError) as error:
         raise PlotError(f"neither a Circuit nor a list of (layer, head): {type(given).__name__}: {error}") from error
-
-
-def _mapper(scores: Iterable[float | None]) -> LinearColorMapper:
-    """The diverging scale, centred on zero, for these scores."""
-    most = max((abs(score) for score in scores if score is not None), default=0.0) or 1.0
-    return LinearColorMapper(palette=list(interp_palette(COLORS, 255)), low=-most, high=most, nan_color="rgba(0,0,0,0)")
 
 
 def _quantity(circuit: Circuit) -> str:

@@ -171,7 +171,7 @@ def edge_source(
         "rank": np.array([edge.rank for edge in edges], dtype=np.int32),
         "place": np.array([edge.rank + 1 for edge in edges], dtype=np.int32),
         "score": np.array([np.nan if edge.score is None else edge.score for edge in edges]),
-        "says": ["" if edge.score is None else _signed(edge.score) for edge in edges],
+        "says": ["" if edge.score is None else signed(edge.score) for edge in edges],
         "name": [edge.name for edge in edges], "start": [index[edge.start.node] for edge in edges],
         "ends": [[index[end.node] for end in edge.ends] for edge in edges],
     })  # fmt: skip
@@ -198,13 +198,13 @@ def node_source(
     return ColumnDataSource({
         "name": names, "x": [layout.place(s)[0] for s in sites], "y": [layout.place(s)[1] for s in sites],
         "w": [layout.box(s)[0] for s in sites], "h": [layout.box(s)[1] for s in sites],
-        "fill": fill, "ink": ["#ffffff" if _dark(c) else INK for c in fill], "pattern": pattern,
+        "fill": fill, "ink": ["#ffffff" if dark(c) else INK for c in fill], "pattern": pattern,
         "line": np.where(frame, INK, MUTED), "border": np.where(frame, 2.0, 1.0),
         "alpha": np.ones(len(names)),
         "label": [labels.get(s.kind, f"{letter}{s.head}") for s in sites],
         "size": [size if is_head(s) else "11px" for s in sites],
         "rank": np.array([ranks.get(n, -1) for n in names], dtype=np.int32),
-        "score": [_signed(scores[n]) if n in scores else "none" for n in names],
+        "score": [signed(scores[n]) if n in scores else "none" for n in names],
         "reads": [_listing([e for e in edges if n in {end.node for end in e.ends}]) for n in names],
         "writes": [_listing([e for e in edges if n == e.start.node]) for n in names],
     })  # fmt: skip
@@ -283,17 +283,17 @@ def colour(score: float | None, mapper: LinearColorMapper) -> str:
     return palette[int(np.clip((score - low) / (high - low) * len(palette), 0, len(palette) - 1))]
 
 
-def _signed(score: float) -> str:
+def signed(score: float) -> str:
     return f"{score:+.4g}".replace("-", "−")
 
 
 def _listing(edges: Sequence[Drawn], most: int = 4) -> str:
     """The strongest edges of a node as lines of its hover; edges come weakest first."""
-    lines = [e.name + ("" if e.score is None else f" {_signed(e.score)}") for e in edges[: -most - 1 : -1]]
+    lines = [e.name + ("" if e.score is None else f" {signed(e.score)}") for e in edges[: -most - 1 : -1]]
     lines += [f"and {len(edges) - most} more"] if len(edges) > most else []
     return "<br>".join(lines) or "none"
 
 
-def _dark(colour: str) -> bool:
+def dark(colour: str) -> bool:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return 0.3 * red + 0.59 * green + 0.11 * blue < 120
