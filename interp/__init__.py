@@ -20,7 +20,7 @@ from .views import View
 if TYPE_CHECKING:
     from .ablation import ablate
     from .attribution import attribute
-    from .circuits import Circuit, discover, evaluate_circuit, iterative_pruning, run_circuit
+    from .circuits import Circuit, attribution_graph, discover, evaluate_circuit, iterative_pruning, run_circuit
     from .collect import collect_activations
     from .corpora import corpus
     from .direct import direct_effects
@@ -36,6 +36,7 @@ _LATER = {
     "SparseAutoencoder": ".saes",
     "ablate": ".ablation",
     "attribute": ".attribution",
+    "attribution_graph": ".circuits",
     "causal_trace": ".tracing",
     "collect_activations": ".collect",
     "corpus": ".corpora",
@@ -69,6 +70,7 @@ __all__ = [
     "View",
     "ablate",
     "attribute",
+    "attribution_graph",
     "causal_trace",
     "collect_activations",
     "comprehensive_activation_patching",

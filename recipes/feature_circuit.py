@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         evaluation = interp.evaluate_circuit(model, pairs, circuit, errors=errors)
         name = "faithfulness_with_errors.csv" if errors else "faithfulness.csv"
         evaluation.curve.to_csv(out / name, index=False)
-        say(f"{name}: full {evaluation.full:.3f}, empty {evaluation.empty:.3f}\n{evaluation.curve.round(3).to_string()}")
+        say(
+            f"{name}: full {evaluation.full:.3f}, empty {evaluation.empty:.3f}\n{evaluation.curve.round(3).to_string()}"
+        )
     interp.plot_circuit_graph(circuit).save(out / "circuit.html")
     for layer, sae in zip(args.layers, saes, strict=True):
         units = sorted(circuit.kept(f"L{layer}.sae{layer}", "")[0])

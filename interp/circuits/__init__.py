@@ -1,5 +1,6 @@
 """Circuits: found, pruned, run with all else cut, evaluated; as graphs of Sites, in memory and in files."""
 
+from .attribution_graph import attribution_graph
 from .circuit import Circuit
 from .compare import compare_circuits, stability
 from .discovery import discover
@@ -8,14 +9,17 @@ from .faithfulness import Evaluation, evaluate_circuit
 from .features import FeatureCircuit
 from .formats import from_graphml, from_json, to_graphml, to_json
 from .nodes import Facts
+from .prompt_graph import AttributionGraph
 from .pruning import iterative_pruning
 from .runs import run_circuit
 
 __all__ = [
+    "AttributionGraph",
     "Circuit",
     "Evaluation",
     "Facts",
     "FeatureCircuit",
+    "attribution_graph",
     "compare_circuits",
     "discover",
     "evaluate_circuit",

@@ -30,7 +30,7 @@ from ..saes.library import Dictionary
 from ..sites import Site
 from .acdc import acdc
 from .circuit import Circuit
-from .features import discover_features
+from .feature_discovery import discover_features
 from .nodes import Facts
 from .runs import given_cells
 

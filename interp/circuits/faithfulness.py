@@ -17,7 +17,8 @@ from ..pairs import PromptPairs
 from ..saes.library import Dictionary
 from ..spans import REST
 from .circuit import Circuit
-from .features import FeatureCircuit, feature_values
+from .feature_discovery import feature_values
+from .features import FeatureCircuit
 from .files import Item
 from .nodes import EMBED, Facts, node
 from .runs import Prompts, check_ablation, reference_of, run_masks

@@ -24,7 +24,8 @@ from ..options import Options, RunOptions
 from ..pairs import PromptPairs
 from ..saes.library import Dictionary
 from .circuit import Circuit
-from .features import FeatureCircuit, feature_values
+from .feature_discovery import feature_values
+from .features import FeatureCircuit
 from .files import Item
 from .nodes import Facts
 

@@ -53,6 +53,10 @@ class Program(TypedDict, total=False):
     noise: NoiseTable
     readout: dict[str, Any]  # what is made of the activations that are read, see `interp.engine.readout`
     generation: dict[str, Any]  # tokens that are made, see `interp.engine.generating`
+    # a frozen model, see `interp.engine.frozen`: what is read, what writes it, and linear paths around MLPs by layer
+    targets: dict[str, Tensor]
+    sources: dict[str, Tensor]
+    skips: dict[int, Tensor]
     # gradients, see `interp.engine.gradients`
     tape: Sequence[Place]  # sites whose gradients are wanted
     base: Tensor  # [pair] rows of the base run

@@ -19,6 +19,7 @@ from ..models.layout import Envoy, Taps
 from .edge_gradients import edge_scores, edge_tapes
 from .feature_edges import feature_scores, feature_tapes
 from .forward import forward, walk
+from .frozen import Frozen, edge_rows
 from .generating import Generating
 from .gradients import Tape, attributions, slope, total_of, wanted_tapes
 from .rotary import RowsAlone
@@ -174,4 +175,18 @@ def generated(
                 forward(model, run, None, result)
             made.take(result["logits"])
         hand_on(index, made.result(), results, done)
+    return results
+
+
+def frozen_edges(
+    model: Envoy, taps: Taps, programs: list[Program], metric: Metric | None, done: Done | None = None
+) -> list[Found]:
+    """Edges of the model frozen around the prompt of each program: {"rows": [target, source], "logits": [d_vocab]}."""
+    results: list[Found] = []
+    for index, program in enumerate(programs):
+        frozen = Frozen(model, taps, program["skips"])
+        with RowsAlone(model, taps), frozen, torch.enable_grad(), model.trace(**program["inputs"]):
+            logits = nnsight.save(model.output.logits[0, -1].detach())
+        rows = edge_rows(frozen, taps, program)
+        hand_on(index, {"rows": rows, "logits": logits}, results, done)
     return results

@@ -21,6 +21,7 @@ from ..sites import LAYERLESS, Site
 from .given import check_sizes, head_of, labels_of, numbers
 from .labels import told_apart, visible
 from .page import INK, MUTED, Plot, label_cells, panel, tooltip
+from .scale import colour, dark, signed
 
 MAX_WEIGHTS = 12_000_000  # of attention patterns in one page, four bytes each
 BEND = 20  # points of a curve
@@ -275,25 +276,8 @@ class Patterns:
         return plot, source
 
 
-def colour(score: float | None, mapper: LinearColorMapper) -> str:
-    """The colour of a score on the mapper's scale; grey without a score."""
-    if score is None:
-        return NO_SCORE
-    palette, low, high = (getattr(mapper, name) for name in ("palette", "low", "high"))
-    return palette[int(np.clip((score - low) / (high - low) * len(palette), 0, len(palette) - 1))]
-
-
-def signed(score: float) -> str:
-    return f"{score:+.4g}".replace("-", "−")
-
-
 def _listing(edges: Sequence[Drawn], most: int = 4) -> str:
     """The strongest edges of a node as lines of its hover; edges come weakest first."""
     lines = [e.name + ("" if e.score is None else f" {signed(e.score)}") for e in edges[: -most - 1 : -1]]
     lines += [f"and {len(edges) - most} more"] if len(edges) > most else []
     return "<br>".join(lines) or "none"
-
-
-def dark(colour: str) -> bool:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return 0.3 * red + 0.59 * green + 0.11 * blue < 120

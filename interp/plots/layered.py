@@ -23,12 +23,13 @@ from bokeh.plotting import figure
 
 from ..circuits.drawing import Drawing
 from ..errors import PlotError
-from .circuit_layout import colour, dark, signed
 from .page import FONT, INK, MUTED, PAGE, Figure, Plot, color_scale, panel, tooltip
-from .scale import LIGHT, diverging
+from .scale import LIGHT, colour, dark, diverging, signed
 
 #: px of a box and of the room between boxes and rows.
-WIDE, HIGH, GAP, BETWEEN = 38, 20, 4, 74
+WIDE, HIGH, GAP = 38, 20, 4
+#: px between rows, of few and of many.
+BETWEEN = (74, 16)
 SHOWN = 150
 
 
@@ -79,6 +80,7 @@ def placed(drawing: Drawing) -> tuple[np.ndarray, np.ndarray, dict[float, str]]:
     across = room / max(1, len(drawing.columns)) if drawing.columns else room
     each = max(1, int(across // (WIDE + GAP)))
     ticks, bottom = {}, 0.0
+    between = float(np.clip(800 / len(drawing.rows) - HIGH, BETWEEN[1], BETWEEN[0]))
     for number, name in enumerate(drawing.rows):
         groups = [(place, group) for (at, place), group in members.items() if at == number]
         tallest = max((-(-len(group) // each) for _, group in groups), default=1)
@@ -91,7 +93,7 @@ def placed(drawing: Drawing) -> tuple[np.ndarray, np.ndarray, dict[float, str]]:
                     x[member] = middle + (spot - (len(some) - 1) / 2) * (WIDE + GAP)
                     y[member] = bottom + line * (HIGH + GAP)
         ticks[bottom + (tallest - 1) * (HIGH + GAP) / 2] = name
-        bottom += tallest * (HIGH + GAP) + BETWEEN
+        bottom += tallest * (HIGH + GAP) + between
     return x, y, ticks
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 from bokeh.models import LinearColorMapper
 from bokeh.palettes import interp_palette
 
@@ -37,3 +38,22 @@ def diverging(scores: Iterable[float | None]) -> LinearColorMapper:
     """The diverging scale, centred on zero, for these scores."""
     most = max((abs(score) for score in scores if score is not None), default=0.0) or 1.0
     return LinearColorMapper(palette=list(interp_palette(COLORS, 255)), low=-most, high=most, nan_color="rgba(0,0,0,0)")
+
+
+def colour(score: float | None, mapper: LinearColorMapper) -> str:
+    """The colour of a score on the mapper's scale; grey without a score."""
+    if score is None:
+        return NO_SCORE
+    palette, low, high = (getattr(mapper, name) for name in ("palette", "low", "high"))
+    return palette[int(np.clip((score - low) / (high - low) * len(palette), 0, len(palette) - 1))]
+
+
+def signed(score: float) -> str:
+    """A score in a hover."""
+    return f"{score:+.4g}".replace("-", "−")
+
+
+def dark(colour: str) -> bool:
+    """Whether letters on a colour are to be white."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return 0.3 * red + 0.59 * green + 0.11 * blue < 120

@@ -1,0 +1,51 @@
+"""Attribution graphs in the JSON that circuit-tracer's viewer reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .prompt_graph import AttributionGraph
+
+
+def parsed(name: str) -> tuple[int, str, int]:
+    """Layer (-1 for an embedding), label and position of a node that is no logit."""
+    body, position = name.rsplit("@", 1)
+    if body == "emb":
+        return -1, "emb", int(position)
+    layer, what = body[1:].split(".", 1)
+    return int(layer), what.removeprefix("f"), int(position)
+
+
+def as_tracer(graph: AttributionGraph, slug: str) -> dict[str, Any]:
+    """`metadata`, `nodes` and `links` of a graph; its names of nodes are `layer_feature_position`."""
+    last, layers = len(graph.tokens) - 1, graph.meta.get("n_layers", 0)
+    ids: dict[str, str] = {}
+    nodes = []
+    for number, name in enumerate(graph.nodes):
+        if name.startswith("logit:"):
+            place = len([one for one in ids if one.startswith("logit:")])
+            layer, feature, position, kind, clerp = str(layers), place, last, "logit", f'Output "{name[6:]}"'
+        else:
+            at, label, position = parsed(name)
+            layer = "E" if at < 0 else str(at)
+            feature = int(label) if label.isdigit() else (graph.prompt[position] if at < 0 else -1)
+            kind = "embedding" if at < 0 else "mlp reconstruction error" if feature < 0 else "cross layer transcoder"
+            clerp = f'Emb: "{graph.tokens[position]}"' if at < 0 else ""
+        ids[name] = f"{layer}_{feature}_{position}" if feature >= 0 else f"0_{layer}_{position}_error"
+        nodes.append({
+            "node_id": ids[name], "feature": feature, "layer": layer, "ctx_idx": position, "feature_type": kind,
+            "token_prob": graph.logits.get(name, 0.0), "is_target_logit": number == len(graph.nodes) - len(graph.logits),
+            "run_idx": 0, "reverse_ctx_idx": 0, "jsNodeId": f"{layer}_{feature}-{position}", "clerp": clerp,
+            "influence": float(graph.influence[number]),
+            "activation": float(graph.activations[number]) or None,
+        })  # fmt: skip
+    links = [
+        {"source": ids[a], "target": ids[b], "weight": weight} for a, b, weight in graph.graph.edges(data="weight")
+    ]
+    metadata = {
+        "slug": slug, "scan": graph.meta.get("model"), "prompt_tokens": list(graph.tokens), "prompt": "".join(graph.tokens),
+        "node_threshold": None, "schema_version": 1,
+    }  # fmt: skip
+    return {"metadata": metadata, "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both"},
+            "nodes": nodes, "links": links}  # fmt: skip
