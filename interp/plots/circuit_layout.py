@@ -27,7 +27,6 @@ MAX_WEIGHTS = 12_000_000  # of attention patterns in one page, four bytes each
 BEND = 20  # points of a curve
 SPREAD = 0.4  # of the width, over which edges leave embed and reach logits
 WIDTHS = (0.7, 6.0)  # px of the weakest and the strongest edge
-NO_SCORE = "#8f8f8f"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from bokeh.palettes import interp_palette
 #: Blue over a grey that still shows on white to red: the middle is a weak edge, not none.
 COLORS = ("#2166ac", "#67a9cf", "#d6d6d6", "#ef8a62", "#b2182b")
 
+NO_SCORE = "#8f8f8f"
 #: Shows the strongest edges, and fades all that is on no path through the node that was clicked.
 LIGHT = """
 const E = edges.data, N = nodes.data, n = slider ? slider.value : 1e9, count = N.rank.length;
