@@ -62,7 +62,7 @@ types: $(STAMP)
 	$(PY) -m mypy interp
 
 bench: $(STAMP)
-	for name in patching attribution collection circuits overhead memory; do \
+	for name in patching attribution collection circuits dictionaries overhead memory; do \
 	  OMP_WAIT_POLICY=PASSIVE $(PY) benchmarks/$$name.py $(ARGS) || exit 1; \
 	done
 

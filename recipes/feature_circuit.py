@@ -65,10 +65,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
             f"{name}: full {evaluation.full:.3f}, empty {evaluation.empty:.3f}\n{evaluation.curve.round(3).to_string()}"
         )
     interp.plot_circuit_graph(circuit).save(out / "circuit.html")
+    few = [texts[i][:5000] for i in order[:12]]  # what the pages of features show
     for layer, sae in zip(args.layers, saes, strict=True):
         units = sorted(circuit.kept(f"L{layer}.sae{layer}", "")[0])
         if units:
-            interp.plot_features(model, sae, texts[:20], features=units).save(out / f"features_L{layer}.html")
+            interp.plot_features(model, sae, few, features=units).save(out / f"features_L{layer}.html")
     say(f"written to {out}")
     return out
 

@@ -16,13 +16,12 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
 import interp
-from interp.shards import StoredActivations
-from interp.shuffled import Shuffled, Stored
 
 COMPONENTS = (32, 64, 128)  # of PCA, to compare with
 
@@ -35,10 +34,9 @@ def documents(texts: str | None, held: int) -> tuple[list[str], list[str]]:
     return shuffled[:-held], shuffled[-held:]
 
 
-def compared(model: interp.Model, site: interp.Site, stored: StoredActivations, untrained: object) -> dict[str, object]:
-    """An untrained dictionary of the same shape, and principal components of 50,000 tokens."""
-    rows = Stored(stored, (str(site),))
-    few = next(Shuffled(rows, min(50_000, len(rows))).batches()).float()
+def compared(site: interp.Site, stored: Any, untrained: object) -> dict[str, object]:
+    """An untrained dictionary of the same shape, and principal components of the first shard's tokens."""
+    few = next(stored.shards(str(site))).float()
     made: dict[str, object] = {f"PCA-{k}": interp.saes.pca(few, k) for k in COMPONENTS}
     return {"untrained": untrained, **made}
 
@@ -84,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     say(f"trained: {trained}")
     interp.save_sae(sae, args.out / "sae")
     rows = {}
-    for name, other in {args.architecture: sae, **compared(model, site, stored, untrained)}.items():
+    for name, other in {args.architecture: sae, **compared(site, stored, untrained)}.items():
         try:
             rows[name] = interp.evaluate_sae(model, other, held, site=site, tokens=args.eval_tokens).to_dict()
         except interp.errors.PlanError as error:  # an untrained one may have no threshold yet
@@ -98,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     loaded = interp.load_sae(args.out / "sae", model)
     density = interp.evaluate_sae(model, loaded, held, tokens=args.eval_tokens, loss_tokens=256).density
     busy = [int(i) for i in density.argsort(descending=True) if density[i] < 0.1][: args.features]
-    interp.plot_features(model, loaded, held, features=busy).save(args.out / "features.html")
+    interp.plot_features(model, loaded, [text[:5000] for text in held], features=busy).save(args.out / "features.html")
     say(f"written to {args.out}")
     out: Path = args.out
     return out

@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 
 import interp
-from interp.shuffled import Shuffled, Stored
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -55,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     sae = interp.SparseAutoencoder(model, site, "transcoder", d_sae=args.width * model.d_model, k=args.k)
     say(f"trained: {interp.train_sae(sae, stored, tokens=args.tokens, checkpoint=args.out / 'run')}")
     interp.save_sae(sae, args.out / "transcoder")
-    rows = Stored(stored, tuple(f"L{args.layer}.{kind}" for kind in kinds))
-    few = next(Shuffled(rows, min(50_000, len(rows))).batches()).float()
-    x, y = few.split(model.d_model, dim=1)
+    x, y = (next(stored.shards(f"L{args.layer}.{kind}")).float() for kind in kinds)
     made = {"transcoder": sae, "linear map": interp.saes.linear(x, y), "PCA-32 of the output": interp.saes.pca(y, 32)}
     table = {}
     for name, other in made.items():

@@ -13,7 +13,7 @@ import interp
 
 DOCS = Path(interp.__file__).parents[1] / "docs"
 #: Pages whose blocks stand on their own.
-PAGES = ("add-a-view.md", "add-a-method.md", "add-a-family.md")
+PAGES = ("add-a-view.md", "add-a-method.md", "add-a-family.md", "dictionaries.md")
 
 
 @pytest.mark.filterwarnings("ignore")

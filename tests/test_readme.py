@@ -47,7 +47,7 @@ def test_blocks_print_what_they_say(bundled: interp.Model, tmp_path: Path, monke
             exec(compile("\n" * line + block, str(README), "exec"), names)
         assert shown.getvalue().splitlines() == expected(block), f"README.md, block at line {line + 1}"
     assert {path.name for path in tmp_path.iterdir()} == {
-        "ioi.nc", "ioi.html", "circuit.html", "circuit.json", "attention.html",
+        "ioi.nc", "ioi.html", "circuit.html", "circuit.json", "attention.html", "sae",
     }  # fmt: skip
 
 

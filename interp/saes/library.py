@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -73,9 +74,12 @@ def sae_lens() -> ModuleType:
     """The package. Its import takes about 12 s, exchanges the process's stdout and stderr and sets a variable of the
     environment: both are put back."""
     streams, environment = (sys.stdout, sys.stderr), dict(os.environ)
+    said = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of what it could use and is not there
     try:
         import sae_lens
     finally:
+        logging.disable(said)
         sys.stdout, sys.stderr = streams
         for name in set(os.environ) - set(environment):
             del os.environ[name]
