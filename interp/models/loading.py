@@ -111,7 +111,8 @@ def load_model(
     family = _row(name, hf)
     if nn is None:
         known = tokenizer or ids_only(int(hf.config.get_text_config().vocab_size))
-        nn = wrapped(hf, tokenizer=known, task="text-generation")
+        where = {} if getattr(hf, "hf_device_map", None) is not None else {"device": hf.device}  # where it is, it stays
+        nn = wrapped(hf, tokenizer=known, task="text-generation", **where)
     taps, revision = make_taps(hf, family), revision or commit
     loaded = Model(name, hf, nn, tokenizer, family, taps, backend, prefix or "", revision, note, audit, generate)
     if check and isinstance(backend, Local):

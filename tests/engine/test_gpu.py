@@ -46,6 +46,7 @@ def test_the_device_gives_the_numbers_of_the_cpu() -> None:
     hf, tokenizer = tiny("llama_gqa")
     here = interp.load_model(copy.deepcopy(hf), tokenizer=tokenizer)
     there = interp.load_model(hf.cuda(), tokenizer=tokenizer)
+    assert (here.device.type, there.device.type) == ("cpu", "cuda"), "a module stays where it is"
     for run in (interp.patch, interp.attribute):
         one, other = (run(model, PAIRS, interp.heads("z")).values.values for model in (here, there))
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-3)

@@ -263,3 +263,11 @@ def test_a_wrong_read_is_refused_from_load_on(monkeypatch: pytest.MonkeyPatch) -
 def test_token_ids_are_checked_against_the_embedding() -> None:
     with pytest.raises(PairsError, match="outside the vocabulary"):
         loaded("gpt2").encode(PromptPairs([[1, 2, 400]]))
+
+
+def test_a_module_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a GPU, too: nnsight makes a pipeline, and transformers would move the model there."""
+    monkeypatch.setattr("transformers.pipelines.base.is_torch_cuda_available", lambda: True)
+    hf, tokenizer = tiny("llama_gqa")
+    model = interp.load_model(hf, tokenizer=tokenizer)
+    assert model.hf is hf and model.device.type == "cpu" and next(hf.parameters()).device.type == "cpu"
