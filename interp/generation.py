@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from .cells import Cell, Resolved
 from .edits import Edit
@@ -18,28 +17,13 @@ from .engine.reading import Reading, encode_prompts, entry, packed, read_program
 from .engine.schedule import token_budget
 from .engine.trace import Found, generated
 from .errors import PlanError
+from .generated import Generation
+from .models.model import Model
 from .plan import sets
 from .tokens import Text
 
-if TYPE_CHECKING:
-    from .models.model import Model
-
 #: Where edits without a position of their own hold.
 WHERE = ("all", "prompt", "generated")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Tokens that were made, by prompt: `tokens` (an end included), `text`, and `logits` `[prompt, step, d_vocab]` if asked for;
-    NaN behind a prompt's end."""
-
-    prompts: tuple[tuple[int, ...], ...]
-    tokens: tuple[tuple[int, ...], ...]
-    text: tuple[str, ...]
-    logits: Tensor | None = None
-
-    def __str__(self) -> str:
-        return "\n".join(self.text)
 
 
 def generate(

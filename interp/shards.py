@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,13 @@ class StoredActivations:
         return tuple(self.facts["sites"])
 
     def width(self, name: str) -> int:
-        """Numbers of a row of one site, over all of its heads. PlanError: no such site. CheckpointError: a damaged shard."""
-        shape = next(iter(self.shards(name)), torch.empty(0, 0)).shape
-        return int(shape[1:].numel())
+        """Numbers of a row of one site, over all of its heads. CheckpointError: a shard that is missing or damaged."""
+        path = self.folder / self.facts["shards"][0]["file"]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return math.prod(file.get_slice(name).get_shape()[1:])
+        except Exception as error:  # safetensors has its own class for damage, and OSError for the rest
+            raise CheckpointError(f"cannot read {path}: {error}") from error
 
     def shards(self, name: str | None = None) -> Iterator[Tensor]:
         """Activations `[token, …]` of one shard after another; `name` may be left out where there is one site.

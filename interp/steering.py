@@ -14,7 +14,8 @@ from torch import Tensor
 from .collect import collect_activations
 from .edits import Edit
 from .errors import PlanError
-from .generation import Generation, generate
+from .generated import Generation
+from .generation import generate
 from .models.model import Model
 from .sites import Site
 

@@ -22,8 +22,8 @@ ROOT = Path(interp.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 #: Rooms from the first to the last: a module imports from rooms that stand before its own.
 ROOMS = (
-    "errors", "files", "seeds", "order", "sites", "findings", "edits", "views", "metrics", "tokens", "prompts", "encoded",
-    "pairs", "cells", "product", "plan", "options", "spans", "effects", "models", "engine", "audit",
+    "errors", "files", "seeds", "order", "sites", "findings", "generated", "edits", "views", "metrics", "tokens", "prompts",
+    "encoded", "pairs", "cells", "product", "plan", "options", "spans", "effects", "models", "engine", "audit",
     "shards", "shuffled", "corpora", "windows", "generation", "direct", "methods", "saes", "steering", "circuits", "plots",
     "tracking", "tasks",
 )  # fmt: skip

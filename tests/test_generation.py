@@ -11,7 +11,7 @@ from torch import Tensor
 import interp
 from interp import Edit, Site
 from interp.errors import PairsError, PlanError, SiteError
-from interp.generation import Generation
+from interp.generated import Generation
 from tests.families import SUPPORTED, allowed, has, loaded, oracle_of, words
 from tests.oracle.configs import tiny
 from tests.oracle.hooks import Patch

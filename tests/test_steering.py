@@ -54,7 +54,7 @@ def test_it_shows_both_sides() -> None:
     text = str(found)
     assert text.splitlines()[0].split("  ")[0] == "without" and "with L1.neuron[7] + 50" in text
     marked = interp.steering.Steering(
-        interp.generation.Generation(((1,),), ((2,),), ("<b>x",)), found.before, "a & b"
+        interp.generated.Generation(((1,),), ((2,),), ("<b>x",)), found.before, "a & b"
     )._repr_html_()
     assert "&lt;b&gt;x" in marked and "a &amp; b" in marked and "<b>x" not in marked
 

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from .prompt_graph import AttributionGraph
+import networkx as nx
+from torch import Tensor
+
+
+class PromptGraph(Protocol):
+    """What is written of a graph: `AttributionGraph` fulfils it."""
+
+    @property
+    def nodes(self) -> Sequence[str]: ...
+    @property
+    def tokens(self) -> Sequence[str]: ...
+    @property
+    def prompt(self) -> Sequence[int]: ...
+    @property
+    def logits(self) -> dict[str, float]: ...
+    @property
+    def meta(self) -> dict[str, Any]: ...
+    @property
+    def activations(self) -> Tensor: ...
+    @property
+    def influence(self) -> Tensor: ...
+    @property
+    def graph(self) -> nx.DiGraph: ...
 
 
 def parsed(name: str) -> tuple[int, str, int]:
@@ -17,7 +39,7 @@ def parsed(name: str) -> tuple[int, str, int]:
     return int(layer), what.removeprefix("f"), int(position)
 
 
-def as_tracer(graph: AttributionGraph, slug: str) -> dict[str, Any]:
+def as_tracer(graph: PromptGraph, slug: str) -> dict[str, Any]:
     """`metadata`, `nodes` and `links` of a graph; its names of nodes are `layer_feature_position`."""
     last, layers = len(graph.tokens) - 1, graph.meta.get("n_layers", 0)
     ids: dict[str, str] = {}

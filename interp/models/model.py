@@ -7,21 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ..edits import Edit
 from ..errors import AuditError, PairsError, SiteError, SiteUnavailableError
 from ..findings import AuditReport
+from ..generated import Generation
 from ..order import Order
 from ..pairs import EncodedPairs, PromptPairs
 from ..sites import KINDS, KV_KINDS, Site
 from .families import Family
 from .layout import Envoy, Taps, count_of
-
-if TYPE_CHECKING:
-    from ..edits import Edit
-    from ..generation import Generation
 
 #: What every method rests on that follows or cuts edges, see `interp.audit.laws`.
 EDGE_LAWS = ("senders", "receivers")

@@ -39,6 +39,7 @@ class SAEReport:
     site: str
     tokens: int
     l0: float
+    l0_with_massive: float
     explained_variance: float
     explained_variance_with_massive: float
     massive: float
@@ -50,7 +51,8 @@ class SAEReport:
 
     def to_dict(self) -> dict[str, float | str]:
         """Every number by name, without the densities."""
-        names = ("tokens", "l0", "explained_variance", "explained_variance_with_massive", "massive", "dead", "dense")
+        names = ("tokens", "l0", "l0_with_massive", "explained_variance", "explained_variance_with_massive", "massive", "dead",
+                 "dense")  # fmt: skip
         made: dict[str, float | str] = {"site": self.site, **{name: getattr(self, name) for name in names}}
         made |= {f"loss_{name}": value for name, value in self.loss.items()}
         return made | {f"recovered_{name}": value for name, value in self.recovered.items()}
@@ -81,9 +83,9 @@ def evaluate_sae(
         tokens: use the first so many; None = all.
         loss_tokens: of these, about so many are run to the end for the losses: rows evenly apart.
 
-    Variance is counted without massive tokens (whose activation is longer than three medians) and with all of them; what
-    comes before a text is left out, and in the model's forward pass left as it is. A transcoder is measured by how it explains
-    the MLP's output.
+    Variance and active features are counted without massive tokens (whose activation is longer than three medians) and with
+    all of them; what comes before a text is left out, and in the model's forward pass left as it is. A transcoder is measured
+    by how it explains the MLP's output.
 
     Raises:
         PlanError, SiteError: a dictionary that does not fit the model, or whose site is not known. PairsError: no text.
@@ -106,7 +108,7 @@ def evaluate_sae(
     return SAEReport(
         str(target),
         sums.count,
-        float(sums.fired.sum() / sums.count),
+        *sums.active(),
         *sums.explained(),
         sums.massive / sums.count,
         float((density == 0).float().mean()),
@@ -139,27 +141,36 @@ class Sums:
         self.count = self.massive = 0
         self.fired = torch.zeros(n, dtype=torch.float64)
         self.x = torch.zeros(2, width, dtype=torch.float64)
-        self.numbers = torch.zeros(2, 3, dtype=torch.float64)  # tokens, Σ|x|², Σ|x − x̂|²
+        self.numbers = torch.zeros(2, 4, dtype=torch.float64)  # tokens, Σ|x|², Σ|x − x̂|², active features
 
     def add(self, target: Tensor, made: Tensor, acts: Tensor, massive: Tensor) -> None:
         """Some more tokens."""
         self.count += len(target)
         self.massive += int(massive.sum())
         self.fired += (acts > 0).sum(0).double().cpu()
+        active = (acts > 0).sum(-1).double().cpu()
         error = (target - made).double().pow(2).sum(-1).cpu()
         for place, kept in enumerate((~massive, torch.ones_like(massive))):
             x = target[kept].double().cpu()
             self.x[place] += x.sum(0)
-            self.numbers[place] += torch.stack([kept.sum().double(), x.pow(2).sum(), error[kept].sum()])
+            self.numbers[place] += torch.stack(
+                [kept.sum().double(), x.pow(2).sum(), error[kept].sum(), active[kept].sum()]
+            )
 
     @property
     def mean(self) -> Tensor:
         """The mean activation of all tokens."""
         return self.x[1] / self.count
 
+    def active(self) -> tuple[float, float]:
+        """Active features of a token, without massive tokens and with all."""
+        count, _, _, active = self.numbers.unbind(1)
+        ratio = active / count
+        return float(ratio[0]), float(ratio[1])
+
     def explained(self) -> tuple[float, float]:
         """Explained variance without massive tokens, and with all."""
-        count, square, error = self.numbers.unbind(1)
+        count, square, error, _ = self.numbers.unbind(1)
         total = square - self.x.pow(2).sum(1) / count
         ratio = 1 - error / total
         return float(ratio[0]), float(ratio[1])

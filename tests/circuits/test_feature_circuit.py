@@ -171,6 +171,16 @@ def test_integrated_gradients_end_where_patching_does() -> None:
     assert sum(found.nodes.values()) == pytest.approx(want, rel=0.1)
 
 
+def test_on_a_server_it_is_the_same() -> None:
+    here, saes = loaded("llama_gqa"), dictionaries("llama_gqa")[:2]
+    there = interp.load_model(tiny("llama_gqa")[0], tokenizer=here.tokenizer, backend="simulated")
+    one, other = (interp.discover(model, pairs(), "eap", "feature", saes=saes, top=9) for model in (here, there))
+    assert other.nodes == pytest.approx(one.nodes, abs=1e-5) and other.edges == pytest.approx(one.edges, abs=1e-5)
+    np.testing.assert_allclose(
+        interp.run_circuit(there, pairs(), other), interp.run_circuit(here, pairs(), one), rtol=0, atol=1e-5
+    )
+
+
 def test_files_and_parts(tmp_path: Path) -> None:
     model, saes = loaded("gpt2"), dictionaries("gpt2")
     whole = interp.discover(model, pairs(), "eap", "feature", saes=saes, top=30)

@@ -72,7 +72,8 @@ def test_every_number_is_that_of_plain_hooks(form: str, family: str) -> None:
     error = (x - sae.decode(acts)).pow(2).sum(-1)
     spread = (x - x.mean(0)).pow(2).sum()
     assert report.tokens == len(x) == sum(map(len, texts))
-    assert report.l0 == pytest.approx(float((acts > 0).float().sum(1).mean()))
+    assert report.l0_with_massive == pytest.approx(float((acts > 0).float().sum(1).mean()))
+    assert report.l0 == pytest.approx(report.l0_with_massive) or report.massive > 0
     assert report.explained_variance_with_massive == pytest.approx(1 - float(error.sum() / spread), abs=1e-4)
     np.testing.assert_allclose(report.density, (acts > 0).float().mean(0), atol=1e-6)
     assert report.dead == float((acts.max(0).values == 0).float().mean())
@@ -117,6 +118,7 @@ def test_massive_tokens_are_counted_apart() -> None:
     assert 0 < report.massive < 0.1 and report.explained_variance < 0.6 < report.explained_variance_with_massive
     assert round(report.massive * len(x)) == int((x.norm(dim=-1) > 3 * median).sum()) == 3
     kept = interp.collect_activations(model, texts, LAYER, "resid_post", drop="massive")
+    assert report.l0 == pytest.approx(float((pca(x, 4).encode(kept) > 0).float().sum(1).mean()))
     assert len(kept) == len(x) - round(report.massive * len(x))
 
 
@@ -155,6 +157,14 @@ def test_a_transcoder_stands_for_the_mlp() -> None:
     assert report.loss["spliced"] == pytest.approx(spliced(), abs=2e-5)
     assert report.loss["zero"] == pytest.approx(losses("llama_gqa", module, rows, torch.zeros_like), abs=2e-5)
     assert 0 < float(rest / spread) < 1 and decoder_of(made).shape == (2 * model.d_model, model.d_model)
+
+
+def test_on_a_server_it_is_the_same() -> None:
+    here = loaded("llama_gqa")
+    there = interp.load_model(tiny("llama_gqa")[0], tokenizer=here.tokenizer, backend="simulated")
+    for sae in (random_dictionary("TopK", here.d_model), random_dictionary("JumpReLU", here.d_model)):
+        one, other = (interp.evaluate_sae(model, sae, words(21, 9), context=CONTEXT) for model in (here, there))
+        assert other.loss == pytest.approx(one.loss, abs=1e-5) and other.l0 == one.l0
 
 
 def test_what_does_not_fit_says_so() -> None:
