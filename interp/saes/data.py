@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.identity import value_digest
 from ..errors import PlanError
 from ..shards import StoredActivations
 from ..shuffled import Held, Shuffled, Stored
@@ -35,6 +36,14 @@ class Data:
     columns: dict[str, slice]
     held_out: Sequence[Tensor] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    rows: Tensor | None = None  # what a person gave, where it is in memory
+
+    def known_by(self) -> dict[str, Any]:
+        """What says which activations these are: of a folder its facts and texts, of a tensor its digest; of others nothing."""
+        if self.rows is not None:
+            return {"rows": value_digest(self.rows)}
+        stored = {key: value for key, value in self.facts.items() if key != "shards"}
+        return {**stored, "texts": [shard["texts"] for shard in self.facts.get("shards", ())]}
 
     def of(self, sae: Dictionary, batch: Tensor) -> Tensor:
         """The rows that a dictionary is trained on: its site's columns, of a transcoder `[input | target]`."""
@@ -118,7 +127,7 @@ def drawn(
     if not stream.length:
         raise PlanError(f"tokens={tokens} is less than one batch of {size}; give more tokens, or a smaller batch_size")
     facts = dict(given.facts) if isinstance(given, StoredActivations) else {}
-    return Data(stream, columns, list(shuffled.held_out()), facts)
+    return Data(stream, columns, list(shuffled.held_out()), facts, rows.values if isinstance(rows, Held) else None)
 
 
 def rows_of(given: Tensor) -> Tensor:

@@ -150,6 +150,10 @@ def settings(name: str, size: int, k: int | None, coefficient: float | None, opt
             f"normalize_activations={made['normalize_activations']!r} with {name!r}: its loss for dead features is not "
             f"defined then; leave it at {SCALED!r}, or take 'standard', 'gated' or 'jumprelu'"
         )
+    if made["normalize_activations"] == "covariance_whitening":
+        raise PlanError(
+            "normalize_activations='covariance_whitening' is SAELens's own trainer's; here it is 'none' or scaled"
+        )
     if name == "matryoshka" and "matryoshka_widths" not in made:
         made["matryoshka_widths"] = sorted({max(1, size // 8), max(1, size // 2), size})
     if isinstance(made.get("dtype"), torch.dtype):

@@ -155,14 +155,15 @@ def train_sae(
     trainers = [trainer_of(one, schedule.config(steps, data.stream.size, str(one.device))) for one in saes]
     training = Training(trainers, data, steps)
     folder = None if checkpoint is None else path_of(checkpoint, CheckpointError, "checkpoint")
-    saved = None if folder is None else load(folder, facts_of(saes, data, steps, schedule, seed))
+    facts = {} if folder is None else facts_of(saes, data, steps, schedule, seed)
+    saved = None if folder is None else load(folder, facts)
     place: Mapping[str, Tensor] = {}
     first = first_batches(data)  # also of a run that goes on: an iterator is looked at before it is taken from
     if saved is None:
         begin(training, first)
     else:
         place = saved.restore(training)
-    keep = None if folder is None else (lambda: store(folder, facts_of(saes, data, steps, schedule, seed), training))
+    keep = None if folder is None else (lambda: store(folder, facts, training))
     if training.done < steps:
         loop(training, place, keep, tracker, progress)
     return finish(training, Held(data.held_out or [first], bool(data.held_out)))
@@ -176,16 +177,14 @@ def trainer_of(sae: Dictionary, config: Any) -> Any:
 
 
 def facts_of(saes: Sequence[Dictionary], data: Data, steps: int, schedule: Schedule, seed: int) -> dict[str, Any]:
-    """What a run is known by: all that its numbers depend on, but for the activations themselves."""
-    stored = {key: value for key, value in data.facts.items() if key != "shards"}
-    stored["texts"] = [shard["texts"] for shard in data.facts.get("shards", ())]
+    """What a run is known by: all that its numbers depend on."""
     configs = []
     for sae in saes:
         config = sae.cfg.to_dict()
         config.pop("metadata")
         config.pop("normalize_activations")  # becomes "none" as training ends
         configs.append(config)
-    return {"saes": configs, "data": stored, "steps": steps, "batch": data.stream.size, "seed": seed,
+    return {"saes": configs, "data": data.known_by(), "steps": steps, "batch": data.stream.size, "seed": seed,
             "schedule": {key: value for key, value in vars(schedule).items()}}  # fmt: skip
 
 
@@ -199,6 +198,8 @@ def begin(training: Training, first: Tensor) -> None:
         if sae.cfg.normalize_activations == SCALED:
             scale = sae.cfg.d_in**0.5 / float(inputs.norm(dim=-1).mean().clamp(min=1e-9))
             trainer.activation_scaler.scaling_factor = scale
+        if bool(sae.b_dec.any()):  # it was trained before
+            continue
         with torch.no_grad():
             sae.b_dec.copy_(targets.mean(0).to(sae.b_dec) * scale)
             if is_transcoder(sae):  # its inputs are not centred by the decoder's bias

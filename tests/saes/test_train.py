@@ -88,6 +88,14 @@ def test_a_loader_is_gone_through_as_often_as_asked() -> None:
     assert done.history["loss"].iloc[-1] < done.history["loss"].iloc[0]
 
 
+def test_a_dictionary_that_was_trained_goes_on_from_there() -> None:
+    x = rows()
+    sae = untrained("topk")
+    first = interp.train_sae(sae, x, tokens=12_800, batch_size=128, progress=False)
+    again = interp.train_sae(sae, x, tokens=1280, batch_size=128, lr=1e-6, progress=False)
+    assert again.summary[0]["explained_variance"] > first.summary[0]["explained_variance"] - 0.02
+
+
 def test_several_dictionaries_take_one_stream() -> None:
     x = rows()
     alone = untrained("topk")
@@ -152,6 +160,9 @@ def test_a_run_that_was_broken_goes_on_to_the_same_bits(
     finished = untrained("batchtopk")
     interp.train_sae(finished, data(), checkpoint=tmp_path / "run", progress=False, **options)
     assert torch.equal(weights(whole), weights(finished)) and len(calls) == steps, "a finished run is not run again"
+    if given == "tensor":
+        with pytest.raises(CheckpointError, match="another run: its data"):
+            interp.train_sae(untrained("batchtopk"), x * 2, checkpoint=tmp_path / "run", progress=False, **options)
     other = {**options, "lr": 1e-3}
     with pytest.raises(CheckpointError, match="another run: its schedule"):
         interp.train_sae(untrained("batchtopk"), data(), checkpoint=tmp_path / "run", progress=False, **other)
@@ -245,6 +256,7 @@ def test_what_cannot_be_made_says_so() -> None:
         ({"d_model": 8, "d_sae": 16, "d_hidden": 17}, "are the same number"),
         ({"d_model": 8, "architecture": "topk", "k": 2, "normalize_activations": "layer_norm"}, "is not defined then"),
         ({"d_model": 8, "sparsity_coef": float("nan")}, "0 or more"),
+        ({"d_model": 8, "normalize_activations": "covariance_whitening"}, "is SAELens's own trainer's"),
     ):
         with pytest.raises(PlanError, match=message):
             interp.SparseAutoencoder(**options)  # type: ignore[arg-type]
