@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--held", type=int, default=30, help="documents that are held out")
-    parser.add_argument("--eval-tokens", type=int, default=16_000)
+    parser.add_argument("--eval-tokens", type=int, default=12_500)
     parser.add_argument("--texts", help="a folder of .txt files instead")
     parser.add_argument("--features", type=int, default=100, help="features on the page")
     parser.add_argument("--out", type=Path, default=Path("artifacts/train_sae"))
