@@ -93,7 +93,7 @@ def main() -> None:
         measure(args.count, hf, d_sae)
         return
     interp.saes.library.sae_lens()
-    model, texts = interp.load_model(hf), texts_of(40 if args.quick else 256)
+    model, texts = interp.load_model(hf), texts_of(40 if args.quick else 128)
     wait_for_quiet()
     with tempfile.TemporaryDirectory() as kept:
         acts = interp.collect_activations(

@@ -14,11 +14,12 @@ from .encoded import EncodedPairs
 from .engine.context import Context, Runs, context_of
 from .engine.program import Program
 from .engine.reading import Reading, encode_prompts, entry, packed, read_program, run_readings
-from .engine.schedule import token_budget
+from .engine.schedule import rows_are_apart, token_budget
 from .engine.trace import Found, generated
-from .errors import PlanError
+from .errors import PlanError, SiteError
 from .generated import Generation
 from .models.model import Model
+from .options import Options
 from .plan import sets
 from .tokens import Text
 
@@ -48,35 +49,29 @@ def generate(
             again (the first of them is chosen before any is).
         logits: return them, too.
         stop: a prompt ends with the model's own end token.
-        cache: keys and values of earlier tokens are kept; the numbers are the same, and faster. Where rotary frequencies
-            depend on the length of the whole, they are not kept whatever is asked for.
+        cache: keys and values of earlier tokens are kept; the numbers are the same, and faster. Whatever is asked for, they are
+            not kept where the numbers would differ: rotary frequencies that depend on the length of the whole, edits of keys
+            behind the rotary embedding, activations quantised over the batch (there each prompt also runs alone).
 
     Raises:
-        PlanError: an edit that takes its value from another run, that differs by position, or a word that is none of the three.
-        SiteError, AuditError: a site that this model does not have. PairsError: a prompt that is none, or too long.
+        PlanError: what is no edit; one that takes its value from another run, or that differs by position; a word that is none
+            of the three; no step.
+        SiteError, AuditError: a site that this model does not have, or a position that a prompt does not have.
+        PairsError: a prompt that is none, or too long.
     """
-    if positions not in WHERE:
-        raise PlanError(f"positions={positions!r}; it is one of {', '.join(WHERE)}")
-    if steps < 1:
-        raise PlanError(f"steps={steps}: make 1 token or more")
-    if taken := [edit for edit in edits if edit.op == "replace"]:
-        raise PlanError(f"{taken[0].site} is to be replaced, and there is no second run: set it, add to it or scale it")
-    encoded = encode_prompts(model, prompt if not is_ids(prompt) else [prompt])
+    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    check_asked(edits, steps, positions, max_tokens)
+    encoded = encode_prompts(model, [prompt] if is_ids(prompt) else prompt)
     longest = max(map(len, encoded.clean))
     model.check_length(
         "the prompt with what is made", longest + steps - 1, "make fewer tokens, or give a shorter prompt"
     )
-    resolved = sets({"edits": list(edits)}).resolve(model, encoded) if edits else Resolved((), (), {})
-    context = context_of(model, Runs(encoded), resolved, "prefix")
-    if moving := [site for site, values in context.values.items() if values.shape[1] > 1]:
-        raise PlanError(
-            f"the value of the edit at layer {moving[0][0]}, {moving[0][1]} differs by position; give [feature]"
-        )
-    asked = Asked(model, encoded, context, resolved.cells[0] if resolved.cells else Cell((0,)), positions)
+    asked, apart = Asked.of(model, encoded, edits, positions), rows_are_apart(model)
+    changes = bool(model.taps["rotary"]) or not apart or any(edit.site.facts.behind_cache for edit in edits)
     spec: dict[str, Any] = {
         "steps": steps,
         "end": ends_of(model) if stop else [],
-        "cache": context.cache_class if cache and not model.taps["rotary"] else None,
+        "cache": asked.context.cache_class if cache and not changes else None,
         "keep": logits,
     }
     found: dict[int, Found] = {}
@@ -85,22 +80,51 @@ def generate(
         for row, number in enumerate(piece.asked):
             found[number] = {key: None if value is None else value[row] for key, value in result.items()}
 
-    groups = packed([len(one) + steps for one in encoded.clean], max_tokens or token_budget(model))
+    lengths = [len(one) + steps for one in encoded.clean]
+    groups = packed(lengths, max_tokens or token_budget(model)) if apart else [[one] for one in range(len(lengths))]
     pieces = [Reading.of(group, lambda chosen: asked.program(chosen, spec)) for group in groups]
     run_readings(model, pieces, put, generated, None, ("tokens", False))
     return made_of(model, encoded, [found[number] for number in range(len(encoded))], spec["end"])
 
 
+def check_asked(edits: Sequence[Edit], steps: int, positions: str, max_tokens: int | None) -> None:
+    """PlanError: what no prompt could be continued with."""
+    if positions not in WHERE:
+        raise PlanError(f"positions={positions!r}; it is one of {', '.join(WHERE)}")
+    if not hasattr(steps, "__index__") or steps < 1:
+        raise PlanError(f"steps={steps!r}: make 1 token or more, a whole number of them")
+    Options(max_tokens=max_tokens)
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise PlanError(f"edits holds {edit!r}; write interp.Edit(interp.Site.parse('L8.resid_post'), 'add', …)")
+        if edit.op == "replace":
+            raise PlanError(f"{edit.site} is to be replaced, and there is no second run: set it, add to it or scale it")
+
+
+def check_places(cell: Cell, encoded: EncodedPairs) -> None:
+    """SiteError: a position that one of the prompts does not have; there the edit would be left out, and nobody see it."""
+    for edit, place in cell.edits:
+        for number, ids in enumerate(encoded.clean):
+            if edit.site.position is not None and place.columns(encoded, number) is None:
+                raise SiteError(
+                    f"site {edit.site}: prompt {number} has {len(ids)} tokens, positions 0 to {len(ids) - 1}; give prompts "
+                    "that have it together, and the others without this edit"
+                )
+
+
 def is_ids(prompt: Any) -> bool:
-    """Whether it is one prompt of token ids."""
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], int)
+    """Whether it is one prompt of token ids, in a plain list; prompts of other forms tell by themselves."""
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return False
+    return hasattr(prompt[0], "__index__") and getattr(prompt[0], "ndim", 0) == 0  # a tensor has it too, of any shape
 
 
 def ends_of(model: Model) -> list[int]:
     """The tokens with which the model ends a text."""
-    config = getattr(model.hf, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None) or getattr(model.tokenizer, "eos_token_id", None)
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    holders = (getattr(model.hf, "generation_config", None), model.hf.config.get_text_config(), model.tokenizer)
+    known = [ends for holder in holders if (ends := getattr(holder, "eos_token_id", None)) is not None]  # it may be 0
+    ends = known[0] if known else []
+    return [ends] if isinstance(ends, int) else list(ends)
 
 
 @dataclass(frozen=True)
@@ -112,6 +136,19 @@ class Asked:
     context: Context
     cell: Cell
     positions: str
+
+    @classmethod
+    def of(cls, model: Model, encoded: EncodedPairs, edits: Sequence[Edit], positions: str) -> Asked:
+        """Edits checked against the model and the prompts. PlanError, SiteError: see `generate`."""
+        resolved = sets({"edits": list(edits)}).resolve(model, encoded) if edits else Resolved((), (), {})
+        cell = resolved.cells[0] if resolved.cells else Cell((0,))
+        check_places(cell, encoded)
+        context = context_of(model, Runs(encoded), resolved, "prefix")
+        if moving := [site for site, values in context.values.items() if values.shape[1] > 1]:
+            raise PlanError(
+                f"the value of the edit at layer {moving[0][0]}, {moving[0][1]} differs by position; give [feature]"
+            )
+        return cls(model, encoded, context, cell, positions)
 
     def program(self, chosen: Sequence[int], spec: dict[str, Any]) -> Program:
         """The program over these prompts, whose edits are those at their own tokens."""

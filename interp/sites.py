@@ -38,6 +38,8 @@ class Kind(NamedTuple):
     sends: bool = False  # whether edges start here
     reads: str = ""  # which reader of `interp.order` it is, where edges end here
     hook: str = ""  # TransformerLens's name below `blocks.N.`
+    #: a cache keeps what it was before it is edited, so that later tokens would not see the edit
+    behind_cache: bool = False
 
 
 #: Every kind of site, in the order in which a forward pass reaches them inside a block. `mlp_in` is what an MLP receives,
@@ -49,7 +51,7 @@ TABLE = (
     Kind("k", "kv head", "slice", "d_head", reads="k", hook="attn.hook_k"),
     Kind("v", "kv head", "slice", "d_head", reads="v", hook="attn.hook_v"),
     Kind("q_rot", "head", "slice", "d_head", hook="attn.hook_rot_q"),
-    Kind("k_rot", "kv head", "slice", "d_head", hook="attn.hook_rot_k"),
+    Kind("k_rot", "kv head", "slice", "d_head", hook="attn.hook_rot_k", behind_cache=True),
     Kind("pattern", "head", "mixture", "", through="z", hook="attn.hook_pattern"),
     Kind("z", "head", "slice", "d_head", hook="attn.hook_z"),
     Kind("head_out", "head", "decoder", through="z", sends=True, hook="attn.hook_result"),
