@@ -5,6 +5,7 @@ Activations are collected as they are for training, and encoded; sums are kept, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,7 @@ def evaluate_sae(
     Raises:
         PlanError, SiteError: a dictionary that does not fit the model, or whose site is not known. PairsError: no text.
     """
-    used = inference(sae)
+    used = flat(inference(sae))
     source, target = ends(model, used, site)
     context = context or min(CONTEXT, model.n_positions or CONTEXT)
     cut = Cut(context, drop=("prefix",), tokens=tokens)
@@ -117,6 +118,15 @@ def evaluate_sae(
         loss,
         recovered,
     )
+
+
+def flat(sae: Dictionary) -> Dictionary:
+    """The same, of heads side by side: SAELens's dictionaries of z take them apart, `[…, head, d_head]`."""
+    if not getattr(sae, "hook_z_reshaping_mode", False):
+        return sae
+    made = copy.deepcopy(sae)
+    made.turn_off_forward_pass_hook_z_reshaping()  # type: ignore[attr-defined]
+    return made
 
 
 def ends(model: Model, sae: Dictionary, site: str | Site | None) -> tuple[Site, Site]:

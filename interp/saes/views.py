@@ -97,8 +97,17 @@ def describe(sae: Dictionary) -> str:
     return f"the {sae.cfg.architecture()}{what} of {sae.cfg.d_sae} features over {sae.cfg.d_in} numbers"
 
 
-#: The views of dictionaries that are alive.
-_VIEWS: WeakKeyDictionary[Dictionary, dict[tuple[str, str], View]] = WeakKeyDictionary()
+#: The views of dictionaries that are alive, by site and name, for the weights that they had.
+_VIEWS: WeakKeyDictionary[Dictionary, dict[tuple[str, str], tuple[object, View]]] = WeakKeyDictionary()
+
+
+def state_of(sae: Dictionary) -> object:
+    """What changes when a dictionary does: it may be trained on, or its weights exchanged, after a view of it was made."""
+    weights = sae.state_dict().items()
+    return (
+        sae.cfg.normalize_activations,
+        *((name, value.data_ptr(), value._version, float(value.detach().double().sum())) for name, value in weights),
+    )
 
 
 def name_at(site: Site, what: str = "sae") -> str:
@@ -111,7 +120,7 @@ def view_of(sae: Dictionary, site: str | Site | None = None, name: str | None = 
 
     What is read is f, what the dictionary's own encoder makes of a token; where it scales each token by its norm
     ("layer_norm"), f in units of the activation, so that D times it is what is added. A write adds D(f' − f): what the
-    dictionary does not explain stays. One dictionary has one view, so that sites of it are equal.
+    dictionary does not explain stays. One dictionary has one view as long as its weights stay, so that sites of it are equal.
 
     Raises:
         PlanError: a transcoder (it reads one site and writes another), or a dictionary whose site is not known.
@@ -120,14 +129,14 @@ def view_of(sae: Dictionary, site: str | Site | None = None, name: str | None = 
         raise PlanError(f"{describe(sae)} writes another site than it reads; use interp.attribution_graph")
     at = site_of(sae) if site is None else Site.parse(site)
     name = name or name_at(at)
-    made = _VIEWS.setdefault(sae, {})
-    if (str(at), name) not in made:
+    made, state = _VIEWS.setdefault(sae, {}), state_of(sae)
+    known, view = made.get((str(at), name), (None, None))
+    if view is None or known != state:
         used = inference(sae)
         tensors, by_part = tensors_of(used)
-        made[str(at), name] = View(
-            name, at, used.cfg.d_sae, read_features, decoder=decoder_of(used), tensors=tensors, by_part=by_part
-        )
-    return made[str(at), name]
+        view = View(name, at, used.cfg.d_sae, read_features, decoder=decoder_of(used), tensors=tensors, by_part=by_part)
+        made[str(at), name] = (state, view)
+    return view
 
 
 def error_view(sae: Dictionary, site: str | Site | None = None) -> View:

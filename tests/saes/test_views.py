@@ -14,12 +14,12 @@ from torch import Tensor
 import interp
 from interp import PromptPairs
 from interp.errors import PlanError, SiteError
-from interp.saes.library import Dictionary
+from interp.saes.library import Dictionary, sae_lens
 from interp.saes.views import error_view, view_of
 from tests.families import allowed, loaded, words
 from tests.oracle.configs import tiny
 
-from .made import random_dictionary, trained, untrained
+from .made import random_dictionary, rows, trained, untrained
 
 FAMILIES = ("gpt2", "llama_gqa", "gemma3", "gpt_neox")
 FORMS = ("Standard", "TopK", "JumpReLU", "Gated")
@@ -181,6 +181,47 @@ def test_a_dictionary_has_one_view_of_a_site() -> None:
     assert view_of(sae) is view_of(sae) and str(view_of(sae).site(unit=4)) == "L1.sae1[4]"
     assert view_of(sae, "L0.mlp_out").name == "sae0_mlp_out"
     assert interp.features(sae, [1]).components == (view_of(sae),)
+
+
+def test_a_view_is_of_the_weights_as_they_are() -> None:
+    """Made, then trained on: the next view is of what it has become."""
+    sae = untrained("topk")
+    sae.cfg.metadata["site"] = "L1.resid_post"
+    interp.train_sae(sae, rows(), tokens=2560, batch_size=128, progress=False)
+    before = view_of(sae)
+    assert view_of(sae) is before
+    interp.train_sae(sae, rows(), tokens=2560, batch_size=128, progress=False)
+    x = rows()[None, :20]
+    after = view_of(sae)
+    want = interp.saes.inference(sae).encode(x)
+    torch.testing.assert_close(after.read(x, after.seen().tensors), want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before.read(x, before.seen().tensors), want, rtol=1e-4, atol=1e-4)
+    used = random_dictionary("Standard", 16)
+    first = view_of(used)
+    with torch.no_grad():
+        used.W_enc.data *= 2
+    assert view_of(used) is not first and torch.equal(view_of(used).tensors["encoder"], used.W_enc.T)
+
+
+@torch.no_grad()
+def test_a_dictionary_of_heads_side_by_side() -> None:
+    """SAELens's hook_z dictionaries, on z of all heads."""
+    model = loaded("llama_gqa")
+    made = sae_lens().TopKSAE(
+        sae_lens().TopKSAEConfig(d_in=model.n_heads * model.d_head, d_sae=48, k=6, reshape_activations="hook_z")
+    )
+    made.cfg.metadata.hook_name = "blocks.1.attn.hook_z"
+    made.turn_on_forward_pass_hook_z_reshaping()
+    texts = words(9, 5)
+    z = interp.collect_activations(model, texts, 1, "z")
+    assert view_of(made).tap == interp.Site("z", layer=1)
+    close(interp.collect_activations(model, texts, 1, view_of(made)), made.encode(z))
+    report = interp.evaluate_sae(model, made, texts, context=16)
+    flat = z.flatten(1)
+    error = (z - made(z)).flatten(1).pow(2).sum() / (flat - flat.mean(0)).pow(2).sum()
+    assert report.explained_variance_with_massive == pytest.approx(1 - float(error), abs=1e-4)
+    found = interp.patch(model, pairs(), interp.features(made, [0, 1]))
+    assert np.isfinite(found.values).all()
 
 
 def test_what_is_no_site_says_so() -> None:
