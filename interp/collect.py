@@ -32,6 +32,7 @@ from .shards import Step, StoredActivations, begun_sizes, write_shards
 from .sites import Site
 from .views import View
 from .windows import (
+    DROPS,
     Cut,
     Prompt,
     Request,
@@ -165,6 +166,8 @@ def request_of(
 def cut_of(form: CollectOptions, chosen: bool, padded: bool) -> Cut:
     """How texts become rows. PlanError: what does not go together; `chosen`: positions or the prefix are asked for."""
     drop = form.get("drop", ())
+    if not isinstance(drop, str | Sequence):
+        raise PlanError(f"drop={drop!r}; it is one or more of {', '.join(DROPS)}")
     cut = Cut(
         form.get("context"),
         form.get("documents", True),

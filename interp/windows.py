@@ -49,7 +49,7 @@ class Cut:
         if unknown := [word for word in self.drop if word not in DROPS]:
             raise PlanError(f"drop={unknown[0]!r}; what can be left out is: {', '.join(DROPS)}")
         for name, size in (("context", self.context), ("tokens", self.tokens)):
-            if size is not None and size < 1:
+            if size is not None and integers(size, name)[0] < 1:
                 raise PlanError(f"{name}={size}; it is 1 token or more")
         if not self.documents and self.context is None:
             raise PlanError("documents=False puts texts behind one another: give context=, the tokens of a row")

@@ -91,7 +91,9 @@ def test_what_does_not_go_together_says_so() -> None:
     model = loaded(FAMILY)
     for options, error, message in (
         ({"drop": "pad"}, PlanError, "drop='pad'; what can be left out is: prefix, special, massive"),
+        ({"drop": 3}, PlanError, "drop=3; it is one or more of prefix, special, massive"),
         ({"context": 0}, PlanError, "context=0; it is 1 token or more"),
+        ({"context": 2.5}, PlanError, "context must be whole numbers, not 2.5"),
         ({"tokens": 0}, PlanError, "tokens=0"),
         ({"documents": False}, PlanError, "give context="),
         ({"context": 8, "positions": [0]}, PlanError, "leave positions="),

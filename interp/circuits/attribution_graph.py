@@ -23,6 +23,7 @@ from ..errors import PlanError
 from ..models.model import Model
 from ..prompts import one_prompt
 from ..saes.library import Dictionary, is_transcoder
+from ..saes.library import checked as checked_sae
 from ..saes.views import decoder_of, describe, inference, tensors_of
 from ..sites import Site
 from ..tokens import Text
@@ -97,6 +98,10 @@ def attribution_graph(
 
 def checked(model: Model, given: Mapping[int, Dictionary] | Sequence[Dictionary]) -> dict[int, Dictionary]:
     """Transcoders by layer, in the form that is used. PlanError, SiteError: one that does not fit."""
+    if not isinstance(given, Mapping | Sequence):
+        raise PlanError(
+            f"attribution_graph was given a {type(given).__name__}: give {{layer: transcoder}}, or one for each layer"
+        )
     by_layer = dict(given) if isinstance(given, Mapping) else dict(enumerate(given))
     if not by_layer:
         raise PlanError("attribution_graph was given no transcoder: give {layer: transcoder}")
@@ -104,7 +109,7 @@ def checked(model: Model, given: Mapping[int, Dictionary] | Sequence[Dictionary]
     made = {}
     for layer, one in by_layer.items():
         at = model.require(Site("mlp_in", layer=layer))
-        if not is_transcoder(one):
+        if not is_transcoder(checked_sae(one)):
             raise PlanError(f"{describe(one)} at layer {layer} reads and writes one site; a graph needs transcoders")
         used = inference(one)
         if (used.cfg.d_in, int(used.b_dec.shape[0])) != (model.d_model, model.d_model):

@@ -18,7 +18,7 @@ from ..errors import PlanError
 from ..shards import StoredActivations
 from ..shuffled import Held, Shuffled, Stored
 from ..sites import Site
-from .library import Dictionary, is_transcoder
+from .library import Dictionary, is_transcoder, whole
 from .streams import Drawn, Given, Loaded, Stream, finite, tensor_of
 from .views import describe
 
@@ -78,7 +78,7 @@ def data_of(
         PlanError: rows of another width, NaN, batches larger than the data, nothing that says how long to train.
     """
     for name, value in (("tokens", tokens), ("n_epochs", epochs), ("batch_size", size)):
-        if value is not None and value < 1:
+        if value is not None and whole(value, name) < 1:
             raise PlanError(f"{name}={value}: it is 1 or more")
     if isinstance(given, Mapping):
         given, columns = side_by_side(given)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import sys
 from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+
+from ..errors import PlanError
 
 
 class Metadata(Protocol):
@@ -85,6 +88,23 @@ def sae_lens() -> ModuleType:
             del os.environ[name]
         os.environ.update(environment)
     return sae_lens
+
+
+def checked(sae: object) -> Dictionary:
+    """The same, if it is a dictionary. PlanError: it is not."""
+    if not (hasattr(sae, "cfg") and hasattr(sae, "W_dec") and hasattr(sae, "state_dict")):
+        raise PlanError(
+            f"a {type(sae).__name__} is no dictionary of SAELens; interp.SparseAutoencoder makes one, interp.load_sae loads one"
+        )
+    return cast(Dictionary, sae)
+
+
+def whole(value: object, name: str) -> int:
+    """A size as a number. PlanError: no whole number."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise PlanError(f"{name}={value!r}: it is a whole number") from None
 
 
 def is_training(sae: Dictionary) -> bool:

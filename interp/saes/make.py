@@ -10,7 +10,7 @@ import torch
 from ..errors import PlanError
 from ..models.model import Model
 from ..sites import Site
-from .library import Dictionary, sae_lens
+from .library import Dictionary, sae_lens, whole
 
 #: What says how sparse architectures are whose active features are counted.
 COUNTED = "k"
@@ -75,6 +75,8 @@ def SparseAutoencoder(
     name = architecture or ("standard" if model is None or sparsity_coef is not None else "topk")
     if name not in ARCHITECTURES:
         raise PlanError(f"unknown architecture {name!r}; they are: {', '.join(ARCHITECTURES)}")
+    given_sizes = {"d_model": d_model, "d_sae": d_sae, "d_hidden": d_hidden, "k": k}
+    d_model, d_sae, d_hidden, k = (None if n is None else whole(n, key) for key, n in given_sizes.items())
     at, d_in, facts = place_of(model, site, d_model, name)
     if d_sae is not None and d_hidden is not None and d_sae != d_hidden:
         raise PlanError(f"d_sae={d_sae} and d_hidden={d_hidden} are the same number; give one of them")

@@ -41,6 +41,8 @@ def by_depth(saes: Sequence[Dictionary]) -> list[tuple[Site, Dictionary]]:
     Raises:
         PlanError: one of another site, or two of the same.
     """
+    if not isinstance(saes, Sequence):
+        raise PlanError(f"saes= is a list of dictionaries, not a {type(saes).__name__}")
     found = [(site_of(sae), sae) for sae in saes]
     for site, sae in found:
         if not site.kind.startswith("resid"):

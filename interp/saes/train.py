@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -27,7 +27,7 @@ from ..files import path_of
 from ..options import refuse_unknown
 from .calibrate import Held, calibrate, measured
 from .data import ESTIMATE, Data, data_of
-from .library import Dictionary, is_training, is_transcoder, sae_lens
+from .library import Dictionary, checked, is_training, is_transcoder, sae_lens
 from .make import SCALED
 from .state import load, store
 from .streams import finite
@@ -140,7 +140,7 @@ def train_sae(
         PlanError: before work, data that does not fit; and a batch with NaN or infinity, or a loss that is none.
         CheckpointError: the folder holds another run.
     """
-    saes: list[Dictionary] = [*sae] if isinstance(sae, list | tuple) else [cast(Dictionary, sae)]
+    saes = [checked(one) for one in (sae if isinstance(sae, list | tuple) else [sae])]
     tracker: Tracker | None = options.pop("tracker", None)
     refuse_unknown(options, ("lr_end", "warm_up", "decay", "dead_after", "tracker"))
     schedule = Schedule(lr, **options)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import PlanError, SiteError
 from ..sites import Site
 from ..views import View
-from .library import Dictionary, is_training, is_transcoder, sae_lens
+from .library import Dictionary, checked, is_training, is_transcoder, sae_lens
 from .readers import FORMS, NORMS, read_error, read_features
 
 #: Architectures whose training form chooses features over a whole batch, so that it says nothing of one token.
@@ -44,7 +44,7 @@ def inference(sae: Dictionary) -> Dictionary:
     Raises:
         PlanError: one that is in training, or whose features depend on the batch for want of a threshold.
     """
-    if not is_training(sae):
+    if not is_training(checked(sae)):
         return sae
     name = sae.cfg.architecture()
     if name in OVER_BATCHES and not float(sae.state_dict()["topk_threshold"]):
@@ -71,7 +71,7 @@ def site_of(sae: Dictionary) -> Site:
     Raises:
         PlanError: it says nothing of it, or names what is no site here.
     """
-    metadata = sae.cfg.metadata
+    metadata = checked(sae).cfg.metadata
     for name in filter(None, (metadata.get("site"), metadata.get("hf_hook_name"), metadata.get("hook_name"))):
         if (found := named_site(str(name))) is not None:
             return found
@@ -125,7 +125,7 @@ def view_of(sae: Dictionary, site: str | Site | None = None, name: str | None = 
     Raises:
         PlanError: a transcoder (it reads one site and writes another), or a dictionary whose site is not known.
     """
-    if is_transcoder(sae):
+    if is_transcoder(checked(sae)):
         raise PlanError(f"{describe(sae)} writes another site than it reads; use interp.attribution_graph")
     at = site_of(sae) if site is None else Site.parse(site)
     name = name or name_at(at)

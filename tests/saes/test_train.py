@@ -260,6 +260,20 @@ def test_what_cannot_be_made_says_so() -> None:
     ):
         with pytest.raises(PlanError, match=message):
             interp.SparseAutoencoder(**options)  # type: ignore[arg-type]
+    for options, message in (
+        ({"d_model": 4.5}, "d_model=4.5: it is a whole number"),
+        ({"d_model": 4, "d_sae": "8"}, "d_sae='8': it is a whole number"),
+        ({"d_model": 4, "architecture": "topk", "k": 2.5}, "k=2.5: it is a whole number"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            interp.SparseAutoencoder(**options)  # type: ignore[arg-type]
+    for call in (
+        lambda: interp.train_sae(None, rows()),  # type: ignore[arg-type]
+        lambda: interp.save_sae(None, "nowhere"),  # type: ignore[arg-type]
+        lambda: interp.saes.view_of(3),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(PlanError, match="is no dictionary of SAELens"):
+            call()
     with pytest.raises(TypeError, match="no option 'l1'"):
         interp.SparseAutoencoder(d_model=8, l1=3)
 
