@@ -72,7 +72,8 @@ def test_a_vector_by_head_is_added_where_the_projection_has_it(family: str, kind
         want = oracle.run(prompt, [patch])[-1]
         assert found.logits is not None
         assert float((found.logits[0, 0] - want).abs().max()) <= allowed(want)
-        assert float((want - oracle.run(prompt)[-1]).abs().max()) > 0.1
+        if (family, kind) != ("gpt2", "k"):  # without rotation a step that all keys share moves no softmax
+            assert float((want - oracle.run(prompt)[-1]).abs().max()) > 0.1
 
 
 @torch.no_grad()
