@@ -57,15 +57,18 @@ def test_what_is_added_is_an_edit_of_generation() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "falcon_new", "llama_gqa"])
 @pytest.mark.parametrize("kind", ["q", "k", "v", "z"])
 def test_a_vector_by_head_is_added_where_the_projection_has_it(family: str, kind: str) -> None:
-    """Joined, interleaved, grouped and separate projections: all heads at once, and one, as plain hooks add them."""
+    """Joined, interleaved, grouped and separate projections: all heads at once, and one, as plain hooks add them.
+
+    At one token: what is added to every key alike does not move a softmax.
+    """
     model, oracle, prompt = loaded(family), oracle_of(family), words(6)[0]
     heads = model.heads_of(kind)
     vector = torch.randn(heads * model.d_head, generator=torch.Generator().manual_seed(2))
     by_head = vector.unflatten(0, (heads, model.d_head))
     last = heads - 1
     for site, given, patch in (
-        (f"L1.{kind}", vector, Patch(kind, 1, 3 * by_head, op="add")),
-        (f"L1.H{last}.{kind}", by_head[last], Patch(kind, 1, 3 * by_head[last], head=last, op="add")),
+        (f"L1.{kind}@-1", vector, Patch(kind, 1, 3 * by_head, (-1,), op="add")),
+        (f"L1.H{last}.{kind}@-1", by_head[last], Patch(kind, 1, 3 * by_head[last], (-1,), last, op="add")),
     ):
         edit, _ = interp.steering.change_of(model, given, 3.0, None, site)
         found = model.generate(prompt, [edit], 1, logits=True)

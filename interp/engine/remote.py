@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 #: Tokens that one request may hold, a forward pass counting as LEAST at least: servers end long requests, and
 #: progress is reported by request.
-REQUEST = 8192
+REQUEST = 9600
 LEAST = 40
 #: Packages that a server has; a function of any other one travels by its source.
 ON_SERVER = {"torch", "numpy", "transformers", "nnsight", "builtins", "__main__", *sys.stdlib_module_names}
