@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 import interp
-from interp import Edit, Site
+from interp import Edit, Site, generation
 from interp.errors import PairsError, PlanError, SiteError
 from interp.generated import Generation
 from tests.families import SUPPORTED, allowed, has, loaded, oracle_of, words
@@ -234,10 +234,10 @@ def test_the_first_token_of_the_vocabulary_may_be_the_end(where: str, monkeypatc
     for name, holder in holders.items():
         monkeypatch.setattr(holder, "eos_token_id", 0 if name == where else None)
     model = replace(model, tokenizer=SimpleNamespace(eos_token_id=0 if where == "tokenizer" else 5))
-    assert interp.generation.ends_of(model) == [0]
+    assert generation.ends_of(model) == [0]
     if where in holders:
         monkeypatch.setattr(holders[where], "eos_token_id", [0, 7])
-        assert interp.generation.ends_of(model) == [0, 7]
+        assert generation.ends_of(model) == [0, 7]
 
 
 def test_a_prompt_comes_in_every_form() -> None:

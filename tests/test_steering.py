@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import interp
-from interp import Edit, Site
+from interp import Edit, Site, steering
 from interp.errors import PlanError
 from interp.saes.views import view_of
 from tests.families import activation, allowed, count_forwards, loaded, oracle_of, words
@@ -70,13 +70,12 @@ def test_a_vector_by_head_is_added_where_the_projection_has_it(family: str, kind
         (f"L1.{kind}@-1", vector, Patch(kind, 1, 3 * by_head, (-1,), op="add")),
         (f"L1.H{last}.{kind}@-1", by_head[last], Patch(kind, 1, 3 * by_head[last], (-1,), last, op="add")),
     ):
-        edit, _ = interp.steering.change_of(model, given, 3.0, None, site)
+        edit, _ = steering.change_of(model, given, 3.0, None, site)
         found = model.generate(prompt, [edit], 1, logits=True)
         want = oracle.run(prompt, [patch])[-1]
         assert found.logits is not None
         assert float((found.logits[0, 0] - want).abs().max()) <= allowed(want)
-        if (family, kind) != ("gpt2", "k"):  # without rotation a step that all keys share moves no softmax
-            assert float((want - oracle.run(prompt)[-1]).abs().max()) > 0.1
+        assert float((want - oracle.run(prompt)[-1]).abs().max()) > 100 * allowed(want), "the step moves something"
 
 
 @torch.no_grad()
@@ -88,7 +87,7 @@ def test_a_feature_that_is_off_is_raised_as_one_that_is_on() -> None:
     off = int((~active).all(0).nonzero()[0])
     mixed = int((active.any(0) & ~active.all(0)).nonzero()[0])
     for unit in (off, mixed):
-        edit, _ = interp.steering.change_of(model, view_of(sae).site(unit=unit), 5.0, None, None)
+        edit, _ = steering.change_of(model, view_of(sae).site(unit=unit), 5.0, None, None)
         found = model.generate(prompt, [edit], 1, logits=True)
         want = oracle.run(prompt, [Patch("resid_post", 1, 5.0 * sae.W_dec[unit], op="add")])[-1]
         assert found.logits is not None
@@ -100,7 +99,7 @@ def test_it_shows_both_sides() -> None:
     found = interp.steer(model, words(5), "L1.neuron[7]", 50.0, steps=4)
     text = str(found)
     assert text.splitlines()[0].split("  ")[0] == "without" and "with L1.neuron[7] + 50" in text
-    marked = interp.steering.Steering(
+    marked = steering.Steering(
         interp.generated.Generation(((1,),), ((2,),), ("<b>x",)), found.before, "a & b"
     )._repr_html_()
     assert "&lt;b&gt;x" in marked and "a &amp; b" in marked and "<b>x" not in marked
