@@ -21,7 +21,8 @@ from .generated import Generation
 from .models.model import Model
 from .options import Options
 from .plan import sets
-from .tokens import Text
+from .prompts import Given, is_ids
+from .tokens import Text, Tokens
 
 #: Where edits without a position of their own hold.
 WHERE = ("all", "prompt", "generated")
@@ -29,7 +30,7 @@ WHERE = ("all", "prompt", "generated")
 
 def generate(
     model: Model,
-    prompt: str | Sequence[Any],
+    prompt: Given,
     edits: Sequence[Edit] = (),
     steps: int = 20,
     *,
@@ -60,8 +61,9 @@ def generate(
         PairsError: a prompt that is none, or too long.
     """
     edits = [edits] if isinstance(edits, Edit) else list(edits)
-    check_asked(edits, steps, positions, max_tokens)
-    encoded = encode_prompts(model, [prompt] if is_ids(prompt) else prompt)
+    check_asked(steps, positions)
+    check_edits(edits, max_tokens)
+    encoded = encode_given(model, prompt)
     longest = max(map(len, encoded.clean))
     model.check_length(
         "the prompt with what is made", longest + steps - 1, "make fewer tokens, or give a shorter prompt"
@@ -87,12 +89,16 @@ def generate(
     return made_of(model, encoded, [found[number] for number in range(len(encoded))], spec["end"])
 
 
-def check_asked(edits: Sequence[Edit], steps: int, positions: str, max_tokens: int | None) -> None:
+def check_asked(steps: int, positions: str) -> None:
     """PlanError: what no prompt could be continued with."""
     if positions not in WHERE:
         raise PlanError(f"positions={positions!r}; it is one of {', '.join(WHERE)}")
     if not hasattr(steps, "__index__") or steps < 1:
         raise PlanError(f"steps={steps!r}: make 1 token or more, a whole number of them")
+
+
+def check_edits(edits: Sequence[Edit], max_tokens: int | None) -> None:
+    """PlanError: what is no edit, or one that a run by itself has no value for."""
     Options(max_tokens=max_tokens)
     for edit in edits:
         if not isinstance(edit, Edit):
@@ -112,11 +118,9 @@ def check_places(cell: Cell, encoded: EncodedPairs) -> None:
                 )
 
 
-def is_ids(prompt: Any) -> bool:
-    """Whether it is one prompt of token ids, in a plain list; prompts of other forms tell by themselves."""
-    if not isinstance(prompt, list | tuple) or not prompt:
-        return False
-    return hasattr(prompt[0], "__index__") and getattr(prompt[0], "ndim", 0) == 0  # a tensor has it too, of any shape
+def encode_given(model: Model, prompt: Given) -> EncodedPairs:
+    """One prompt or several as tokens. PairsError: what is none."""
+    return encode_prompts(model, [prompt] if is_ids(prompt) else prompt)
 
 
 def ends_of(model: Model) -> list[int]:
@@ -150,9 +154,13 @@ class Asked:
             )
         return cls(model, encoded, context, cell, positions)
 
-    def program(self, chosen: Sequence[int], spec: dict[str, Any]) -> Program:
-        """The program over these prompts, whose edits are those at their own tokens."""
-        prompts = [self.encoded.clean[number] for number in chosen]
+    def prompts(self, chosen: Sequence[int]) -> list[Tokens]:
+        """The token ids of these prompts."""
+        return [self.encoded.clean[number] for number in chosen]
+
+    def tables(self, chosen: Sequence[int]) -> dict[str, list[tuple[int, ...]]]:
+        """The edits of these prompts at their own tokens, while the "prompt" is read and "later"."""
+        prompts = self.prompts(chosen)
         width = max(map(len, prompts))
         tables: dict[str, list[tuple[int, ...]]] = {"prompt": [], "later": []}
         for row, number in enumerate(chosen):
@@ -164,6 +172,11 @@ class Asked:
                 for name, word in (("prompt", "prompt"), ("later", "generated")):
                     if edit.site.position is None and self.positions in ("all", word):
                         tables[name].append(self.entry(edit, row))
+        return tables
+
+    def program(self, chosen: Sequence[int], spec: dict[str, Any]) -> Program:
+        """The program over these prompts, whose edits are those at their own tokens."""
+        prompts, tables = self.prompts(chosen), self.tables(chosen)
         values, views = self.context.values, self.context.views
         program = read_program(self.model, prompts, edits=tables["prompt"], values=values, views=views)
         later = read_program(self.model, prompts, edits=tables["later"])["edits"]

@@ -67,6 +67,13 @@ def one_prompt(what: str, given: Given) -> str | Tokens:
     return prompts[0]
 
 
+def is_ids(prompt: Given) -> bool:
+    """Whether it is one prompt of token ids, in a plain list; prompts of other forms tell by themselves."""
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return False
+    return hasattr(prompt[0], "__index__") and getattr(prompt[0], "ndim", 0) == 0  # a tensor has it too, of any shape
+
+
 def listed(part: str, given: Given) -> Any:
     """Answers, distractors or positions with one entry per pair. PairsError: what has no entries in order."""
     if isinstance(given, Mapping | Set):

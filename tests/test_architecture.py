@@ -22,9 +22,9 @@ ROOT = Path(interp.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 #: Rooms from the first to the last: a module imports from rooms that stand before its own.
 ROOMS = (
-    "errors", "files", "seeds", "order", "sites", "findings", "generated", "edits", "views", "metrics", "tokens", "prompts",
+    "errors", "files", "seeds", "order", "sites", "findings", "generated", "cached", "edits", "views", "metrics", "tokens", "prompts",
     "encoded", "pairs", "cells", "product", "plan", "options", "spans", "effects", "models", "engine", "audit",
-    "shards", "shuffled", "corpora", "windows", "generation", "direct", "methods", "saes", "steering", "circuits", "plots",
+    "shards", "shuffled", "corpora", "windows", "generation", "running", "direct", "methods", "saes", "steering", "circuits", "plots",
     "tracking", "tasks",
 )  # fmt: skip
 #: What `tests/tools/house_counts.py` counts, at most.
@@ -36,6 +36,7 @@ BACKWARD = {
     ("models/loading.py", "engine"): "load_model makes a backend, which needs a model",
     ("plan.py", "saes"): "features(sae) is a plan of the dictionary's view",
     ("models/loading.py", "generation"): "load_model gives a model the method that model.generate is",
+    ("models/loading.py", "running"): "load_model gives a model the method that model.run is",
     ("models/loading.py", "audit"): "load_model checks the model that it has made, and gives it its audit",
 }
 #: What is sent to a server by source, and what else such a file may import. Six files at first; the engine's

@@ -71,6 +71,7 @@ def load_model(
     from ..audit import audit, check_reads
     from ..engine.backends import Local, make_backend
     from ..generation import generate
+    from ..running import run
 
     if isinstance(tokenizer, ProcessorMixin):  # of a vision model: it would take a prompt for a picture
         tokenizer = getattr(tokenizer, "tokenizer", None)
@@ -114,7 +115,7 @@ def load_model(
         where = {} if getattr(hf, "hf_device_map", None) is not None else {"device": hf.device}  # where it is, it stays
         nn = wrapped(hf, tokenizer=known, task="text-generation", **where)
     taps, revision = make_taps(hf, family), revision or commit
-    loaded = Model(name, hf, nn, tokenizer, family, taps, backend, prefix or "", revision, note, audit, generate)
+    loaded = Model(name, hf, nn, tokenizer, family, taps, backend, prefix or "", revision, note, audit, generate, run)
     if check and isinstance(backend, Local):
         check_reads(loaded)
     return loaded

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from ..cached import ForwardPass, TokenIds
 from ..edits import Edit
 from ..errors import AuditError, PairsError, SiteError, SiteUnavailableError
 from ..findings import AuditReport
 from ..generated import Generation
 from ..order import Order
 from ..pairs import EncodedPairs, PromptPairs
+from ..prompts import Given, is_ids
 from ..sites import KINDS, KV_KINDS, Site
 from .families import Family
 from .layout import Envoy, Taps, count_of
@@ -48,6 +50,8 @@ class Model:
     auditor: Callable[..., AuditReport] | None = None
     #: what makes tokens with it: given likewise
     generator: Callable[..., Generation] | None = None
+    #: what runs prompts through it
+    runner: Callable[..., ForwardPass] | None = None
     #: sites refused because an audit showed them to be wrong: {kind: reason}
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -246,10 +250,29 @@ class Model:
         assert self.auditor is not None, "made by load_model"
         return self.auditor(self, **options)
 
-    def generate(self, prompt: Any, edits: Sequence[Edit] = (), steps: int = 20, **options: Any) -> Generation:
+    def generate(self, prompt: Given, edits: Sequence[Edit] = (), steps: int = 20, **options: Any) -> Generation:
         """Make tokens with edits that hold while they are made. See `interp.generation.generate`."""
         assert self.generator is not None, "made by load_model"
         return self.generator(self, prompt, edits, steps, **options)
+
+    def run(self, prompt: Given, sites: Given = None, **options: Any) -> ForwardPass:
+        """Logits, and a labelled cache of the sites asked for, by our names or TransformerLens's. See `interp.running.run`."""
+        assert self.runner is not None, "made by load_model"
+        return self.runner(self, prompt, sites, **options)
+
+    def logits(self, prompt: Given, edits: Edit | Sequence[Edit] = ()) -> torch.Tensor:
+        """What comes next at every token, `[prompt, position, d_vocab]` fp32; NaN behind a prompt's end. See `run`."""
+        return self.run(prompt, edits=edits).logits  # type: ignore[return-value]
+
+    def tokens(self, prompt: Given) -> TokenIds | list[TokenIds]:
+        """The token ids of a prompt as every experiment takes it, the prefix included, the text of each as `.labels`.
+
+        Several prompts give a list of them. Raises PairsError: a prompt that is none.
+        """
+        one = isinstance(prompt, str) or is_ids(prompt)
+        encoded = self.encode(PromptPairs([prompt] if one else prompt, answer_positions=-1))
+        made = [TokenIds(ids, tuple(labels)) for ids, labels in zip(encoded.clean, encoded.labels, strict=True)]
+        return made[0] if one else made
 
     def __repr__(self) -> str:
         grouped = f" over {self.n_kv_heads} kv heads" if self.n_kv_heads != self.n_heads else ""
