@@ -1,58 +1,80 @@
 """Experiments of mechanistic interpretability on unmodified HuggingFace models."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from . import tasks
-from .edits import Edit
-from .effects import Effects
-from .metrics import kl, log_prob, logit_diff, prob, rank
-from .models.loading import load_model
-from .models.model import Model
-from .pairs import PromptPairs
-from .patching import comprehensive_activation_patching, patch
-from .paths import path_patch
-from .plan import Plan, features, grid, heads, neurons, sets
-from .seeds import set_seed
-from .sites import Site
-from .views import View
-
 if TYPE_CHECKING:
+    from . import errors, tasks
     from .ablation import ablate
     from .attribution import attribute
     from .circuits import Circuit, attribution_graph, discover, evaluate_circuit, iterative_pruning, run_circuit
     from .collect import collect_activations
     from .corpora import corpus
     from .direct import direct_effects
+    from .edits import Edit
+    from .effects import Effects
     from .lens import logit_lens
+    from .metrics import kl, log_prob, logit_diff, prob, rank
+    from .models.loading import load_model
+    from .models.model import Model
+    from .pairs import PromptPairs
+    from .patching import comprehensive_activation_patching, patch
+    from .paths import path_patch
+    from .plan import Plan, features, grid, heads, neurons, sets
     from .plots import plot_activation_patching_results, plot_attention, plot_circuit_graph, plot_features
     from .saes import SparseAutoencoder, evaluate_sae, load_sae, save_sae, train_sae
+    from .seeds import set_seed
+    from .sites import Site
     from .steering import steer, steering_vector
     from .tracing import causal_trace
+    from .views import View
 
-#: Names that are imported when they are first asked for, and the room that has them: bokeh and networkx are slow to import.
+#: Public names, and the room that each is imported from when it is first asked for: nothing heavy is imported before.
 _LATER = {
     "Circuit": ".circuits",
+    "Edit": ".edits",
+    "Effects": ".effects",
+    "Model": ".models.model",
+    "Plan": ".plan",
+    "PromptPairs": ".pairs",
+    "Site": ".sites",
     "SparseAutoencoder": ".saes",
+    "View": ".views",
     "ablate": ".ablation",
     "attribute": ".attribution",
     "attribution_graph": ".circuits",
     "causal_trace": ".tracing",
     "collect_activations": ".collect",
+    "comprehensive_activation_patching": ".patching",
     "corpus": ".corpora",
     "direct_effects": ".direct",
     "discover": ".circuits",
     "evaluate_circuit": ".circuits",
     "evaluate_sae": ".saes",
+    "features": ".plan",
+    "grid": ".plan",
+    "heads": ".plan",
     "iterative_pruning": ".circuits",
+    "kl": ".metrics",
+    "load_model": ".models.loading",
     "load_sae": ".saes",
+    "log_prob": ".metrics",
+    "logit_diff": ".metrics",
     "logit_lens": ".lens",
+    "neurons": ".plan",
+    "patch": ".patching",
+    "path_patch": ".paths",
     "plot_activation_patching_results": ".plots",
     "plot_attention": ".plots",
     "plot_circuit_graph": ".plots",
     "plot_features": ".plots",
+    "prob": ".metrics",
+    "rank": ".metrics",
     "run_circuit": ".circuits",
     "save_sae": ".saes",
+    "set_seed": ".seeds",
+    "sets": ".plan",
     "steer": ".steering",
     "steering_vector": ".steering",
     "train_sae": ".saes",
@@ -77,6 +99,7 @@ __all__ = [
     "corpus",
     "direct_effects",
     "discover",
+    "errors",
     "evaluate_circuit",
     "evaluate_sae",
     "features",
@@ -109,17 +132,17 @@ __all__ = [
 ]
 
 
-#: Rooms that have more than the names above, as `interp.plots.plot_circuit_matrix`.
-_ROOMS = ("circuits", "lens", "plots", "saes")
-
-
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return import_module(f".{name}", __name__)
-    if name not in _LATER:
+    """A public name, or a room: `interp.plots`, `interp.errors`."""
+    if name in _LATER:
+        value = getattr(import_module(_LATER[name], __name__), name)
+    elif name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATER[name], __name__), name)
+    else:
+        value = import_module(f".{name}", __name__)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+    return sorted({*globals(), *__all__, "circuits", "errors", "lens", "plots", "saes"})

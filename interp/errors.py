@@ -68,5 +68,9 @@ class TaskError(InterpError, ValueError):
     """A task that cannot build aligned prompts for this tokenizer, or a corpus that cannot be had."""
 
 
+class PackageError(InterpError, ImportError):
+    """A package that a room needs, and that is missing or broken."""
+
+
 class TrackerError(InterpError, RuntimeError):
     """An experiment tracker that cannot be used as asked."""

@@ -22,10 +22,10 @@ ROOT = Path(interp.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 #: Rooms from the first to the last: a module imports from rooms that stand before its own.
 ROOMS = (
-    "errors", "files", "seeds", "order", "sites", "findings", "generated", "cached", "edits", "views", "metrics", "tokens", "prompts",
-    "encoded", "pairs", "cells", "product", "plan", "options", "spans", "effects", "models", "engine", "audit",
-    "shards", "shuffled", "corpora", "windows", "generation", "running", "direct", "methods", "saes", "steering", "circuits", "plots",
-    "tracking", "tasks",
+    "errors", "packages", "files", "seeds", "order", "sites", "findings", "generated", "cached", "edits", "views",
+    "metrics", "tokens", "prompts", "encoded", "pairs", "cells", "product", "plan", "options", "spans", "effects",
+    "models", "engine", "audit", "shards", "shuffled", "corpora", "windows", "generation", "running", "direct",
+    "methods", "saes", "steering", "circuits", "plots", "reports", "tracking", "tasks", "cli", "__main__",
 )  # fmt: skip
 #: What `tests/tools/house_counts.py` counts, at most.
 COMPARISONS, LINES, ARGUMENTS, ANYS = 22, 60, 10, 335
@@ -288,7 +288,8 @@ def test_importing_has_no_side_effect() -> None:
         "         torch.get_default_dtype(), torch.get_num_threads(), sorted(os.listdir('.')), dict(os.environ))\n"
         "for a, b in zip(before, after): assert (torch.equal(a, b) if hasattr(a, 'shape') else a == b), (a, b)\n"
         "assert (draw == numpy.random.get_state()[1]).all()\n"
-        "heavy = {'bokeh', 'sae_lens', 'transformer_lens', 'wandb', 'networkx', 'matplotlib', 'IPython', 'scipy.stats'}\n"
+        "heavy = {'transformers', 'nnsight', 'pandas', 'xarray', 'bokeh', 'sae_lens', 'transformer_lens', 'wandb', 'networkx',\n"
+        "         'matplotlib', 'IPython', 'scipy', 'h5py', 'accelerate'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     assert said.strip() == ""

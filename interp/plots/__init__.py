@@ -1,5 +1,9 @@
 """Pictures: standalone Bokeh pages. The only room that imports bokeh."""
 
+from ..packages import require
+
+require("bokeh.plotting", "pictures")
+
 from .attention import plot_attention
 from .circuit import plot_circuit_graph, plot_circuit_matrix
 from .curves import plot_faithfulness, plot_pruning

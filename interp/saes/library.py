@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
+from ..packages import require
 
 
 class Metadata(Protocol):
@@ -75,19 +76,18 @@ class Dictionary(Protocol):
 @cache
 def sae_lens() -> ModuleType:
     """The package. Its import takes about 12 s, exchanges the process's stdout and stderr and sets a variable of the
-    environment: both are put back."""
+    environment: both are put back. PackageError: it is missing or broken."""
     streams, environment = (sys.stdout, sys.stderr), dict(os.environ)
     said = logging.root.manager.disable
     logging.disable(logging.WARNING)  # of what it could use and is not there
     try:
-        import sae_lens
+        return require("sae_lens", "dictionaries", "sae-lens")
     finally:
         logging.disable(said)
         sys.stdout, sys.stderr = streams
         for name in set(os.environ) - set(environment):
             del os.environ[name]
         os.environ.update(environment)
-    return sae_lens
 
 
 def checked(sae: object) -> Dictionary:
