@@ -12,6 +12,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import gc
 import shutil
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -51,3 +52,16 @@ def chromium() -> str:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
+    """What was left out for want of a browser, and how to get one, below all else that is said."""
+    yield
+    skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    if count := sum("Chromium" in reason for reason in skipped):
+        terminalreporter.write_line(
+            f"{count} tests that open pages were left out, because no Chromium was found: install it "
+            "(apt-get install chromium, brew install chromium), or set INTERP_CHROMIUM to its path",
+            yellow=True,
+        )
