@@ -70,11 +70,16 @@ def names() -> dict[str, Any]:
         n_layers=3, d_model=32, n_ctx=32, d_head=8, n_heads=4, d_mlp=128, d_vocab=config.vocab_size, act_fn="gelu_new",
         eps=config.layer_norm_epsilon, normalization_type="LN", device="cpu", dtype=torch.float32, use_attn_result=True,
     )  # fmt: skip
-    tl = transformer_lens.HookedTransformer(facts, tokenizer=tokenizer)
-    raw = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
-    state = {name: weight.detach().clone() for name, weight in convert_gpt2_weights(hf, facts).items()}
-    tl.load_and_process_state_dict(state, **raw)
-    tl.eval().requires_grad_(False)
+
+    def hooked(fold: bool) -> Any:
+        """TransformerLens's model with these weights, nothing centred."""
+        made = transformer_lens.HookedTransformer(copy.deepcopy(facts), tokenizer=tokenizer)
+        raw = dict.fromkeys(("center_writing_weights", "center_unembed", "fold_value_biases"), False)
+        state = {name: weight.detach().clone() for name, weight in convert_gpt2_weights(hf, facts).items()}
+        made.load_and_process_state_dict(state, fold_ln=fold, **raw)
+        return made.eval().requires_grad_(False)
+
+    tl = hooked(False)
     model = interp.load_model(hf, tokenizer=tokenizer)
     generator = torch.Generator().manual_seed(1)
     ids, corrupted = (torch.randint(4, config.vocab_size, (7,), generator=generator).tolist() for _ in range(2))
@@ -93,6 +98,7 @@ def names() -> dict[str, Any]:
         "interp": interp, "torch": torch, "model": model, "hf": hf, "tokenizer": tokenizer, "ids": ids, "right": right,
         "wrong": wrong, "metric": metric, "without_head_2": without_head_2, "tl": tl, "patching": patching,
         "tokens": torch.tensor([ids]), "corrupted_tokens": torch.tensor([corrupted]), "text": tokenizer.decode(ids[:4]),
+        "folded": hooked(True).run_with_cache(torch.tensor([ids]))[1],
         "cache": tl.run_with_cache(torch.tensor([ids]))[1], "lm": LanguageModel(copy.deepcopy(hf), tokenizer=tokenizer),
         "vector": 3 * torch.randn(32, generator=generator), "LanguageModel": LanguageModel,
         "pairs": interp.PromptPairs([ids], [corrupted], [right], [wrong]), "corrupted": corrupted,
