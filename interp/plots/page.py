@@ -30,47 +30,23 @@ from ..errors import PlotError
 from ..files import path_of, write_atomically
 from .browser import Browser
 from .labels import extent, plain
+from .theme import CSS, FONT, INK, MUTED, RULE, SCRIPT
 
 PAGE = 1240  # px that a laptop shows beside the scroll bar
-FONT = "Helvetica, Arial, sans-serif"
-INK, MUTED, RULE = "#222222", "#6b6b6b", "#c8c8c8"
 
-# The page is as wide as its content, so that a PNG of it is neither cut off nor padded. Its size, and that
-# Bokeh has drawn everything, stand on <html>, where a browser without a debugger can read them.
 _TEMPLATE = """
 {% block postamble %}
 <link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-  html, body { height: auto; background: #ffffff; }
-  body { font-family: {{ font }}; color: {{ ink }}; }
-  main { width: max-content; min-width: 520px; padding: 24px 28px 20px; }
-  header { margin: 0 0 14px; contain: inline-size; }
-  h1 { font-size: 19px; font-weight: 600; margin: 0 0 5px; line-height: 1.25; overflow-wrap: anywhere; }
-  header p { font-size: 13px; margin: 0; color: {{ muted }}; line-height: 1.45; }
-</style>
-<script>
-  document.addEventListener("DOMContentLoaded", () => {
-    const root = document.documentElement, main = document.querySelector("main");
-    const measure = () => {
-      const box = main.getBoundingClientRect();
-      root.dataset.width = Math.ceil(box.right + window.scrollX);
-      root.dataset.height = Math.ceil(box.bottom + window.scrollY);
-    };
-    new ResizeObserver(measure).observe(main);
-    const timer = setInterval(() => {
-      const docs = window.Bokeh ? Bokeh.documents : [];
-      if (docs.length && docs.every((doc) => doc.is_idle)) {
-        clearInterval(timer); measure(); root.dataset.ready = "yes";
-      }
-    }, 50);
-  });
-</script>
+<style>{{ css }}</style>
+<script>{{ script }}</script>
 {% endblock %}
 {% block contents %}
-<main>
+<main class="alone" data-bokeh="yes">
 <header><h1>{{ title | e }}</h1>{% for line in lines %}<p>{{ line | e }}</p>{% endfor %}</header>
+<div class="picture" role="group" tabindex="0" aria-label="{{ label | e }}">
 {{ super() }}
+</div>
 </main>
 {% endblock %}
 """
@@ -86,7 +62,7 @@ class Figure:
 
     def html(self) -> str:
         """The whole page as text, BokehJS inlined: opens with no network."""
-        words = {"lines": self.subtitle.splitlines(), "font": FONT, "ink": INK, "muted": MUTED}
+        words = {"lines": self.subtitle.splitlines(), "css": CSS, "script": SCRIPT, "label": f"picture: {self.title}"}
         return file_html(
             self.layout, Resources(mode="inline"), self.title, template=_TEMPLATE, template_variables=words
         )
@@ -122,6 +98,8 @@ class Figure:
             page = Path(folder, "page.html")
             page.write_text(self.html(), encoding="utf-8")
             browser.open(page)
+            browser.evaluate("document.documentElement.dataset.whole = 'yes'")
+            browser.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
             return browser.png()
 
     def show(self) -> None:
@@ -173,6 +151,7 @@ def panel(x: tuple[float, float], y: tuple[float, float], width: int, height: in
         frame_width=width, frame_height=height, min_border=0, x_range=Range1d(start=x[0], end=x[1]),
         y_range=Range1d(start=y[0], end=y[1]), title=plain(title) or None,
         tools="box_zoom,reset,save", toolbar_location="above", outline_line_color=RULE,
+        background_fill_color=None, border_fill_color=None,
     )  # fmt: skip
     plot.toolbar.logo, plot.toolbar.autohide = None, True
     plot.grid.visible = False
