@@ -22,12 +22,23 @@ if TYPE_CHECKING:
     from .patching import comprehensive_activation_patching, patch
     from .paths import path_patch
     from .plan import Plan, features, grid, heads, neurons, sets
-    from .plots import plot_activation_patching_results, plot_attention, plot_circuit_graph, plot_features
+    from .plots import (
+        plot_activation_patching_results,
+        plot_attention,
+        plot_circuit_graph,
+        plot_direct_effects,
+        plot_faithfulness,
+        plot_features,
+        plot_logit_lens,
+        plot_tokens,
+    )
+    from .reports import report
     from .saes import SparseAutoencoder, evaluate_sae, load_sae, save_sae, train_sae
     from .seeds import set_seed
     from .sites import Site
     from .steering import steer, steering_vector
     from .tracing import causal_trace
+    from .tracking import runs, track_experiment
     from .views import View
 
 #: Public names, and the room that each is imported from when it is first asked for: nothing heavy is imported before.
@@ -68,15 +79,22 @@ _LATER = {
     "plot_activation_patching_results": ".plots",
     "plot_attention": ".plots",
     "plot_circuit_graph": ".plots",
+    "plot_direct_effects": ".plots",
+    "plot_faithfulness": ".plots",
     "plot_features": ".plots",
+    "plot_logit_lens": ".plots",
+    "plot_tokens": ".plots",
     "prob": ".metrics",
     "rank": ".metrics",
+    "report": ".reports",
     "run_circuit": ".circuits",
+    "runs": ".tracking",
     "save_sae": ".saes",
     "set_seed": ".seeds",
     "sets": ".plan",
     "steer": ".steering",
     "steering_vector": ".steering",
+    "track_experiment": ".tracking",
     "train_sae": ".saes",
 }
 
@@ -118,16 +136,23 @@ __all__ = [
     "plot_activation_patching_results",
     "plot_attention",
     "plot_circuit_graph",
+    "plot_direct_effects",
+    "plot_faithfulness",
     "plot_features",
+    "plot_logit_lens",
+    "plot_tokens",
     "prob",
     "rank",
+    "report",
     "run_circuit",
+    "runs",
     "save_sae",
     "set_seed",
     "sets",
     "steer",
     "steering_vector",
     "tasks",
+    "track_experiment",
     "train_sae",
 ]
 

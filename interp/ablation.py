@@ -22,6 +22,7 @@ from .engine.run import run_cells
 from .engine.trace import Found
 from .engine.trial import check_metric
 from .errors import PairsError, PlanError
+from .journal import experiment
 from .metrics import Metric, logit_diff
 from .models.layout import part_index
 from .models.model import Model
@@ -34,6 +35,7 @@ from .views import Seen
 MODES = ("zero", "mean", "positional_mean", "resample", "counterfactual")
 
 
+@experiment
 def ablate(
     model: Model,
     pairs: PromptPairs,

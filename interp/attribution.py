@@ -17,6 +17,7 @@ from .engine.schedule import choose_schedule, gradient_budget
 from .engine.slopes import FLAT, GradientSpec, estimate, midpoints
 from .engine.trial import check_metric, name_of
 from .errors import PlanError
+from .journal import experiment
 from .metrics import Metric, logit_diff
 from .models.model import Model
 from .options import Options
@@ -31,6 +32,7 @@ EXACT = ("q", "k")
 NEEDS = {"atp*": tuple(kind.name for kind in KIND.values() if kind.branch), "ig": ("embed",)}
 
 
+@experiment
 def attribute(
     model: Model,
     pairs: PromptPairs,
@@ -109,7 +111,7 @@ def attribute(
         warnings.warn(
             f"the gradient of {name_of(metric)} vanishes at the base run of {direction!r} (KL's "
             f"does at the clean run), so that estimates mean nothing; use {instead}another metric or direction",
-            stacklevel=2,
+            stacklevel=3,
         )
     estimates, report = estimated.base + changes, None
     if verify:

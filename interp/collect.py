@@ -25,6 +25,7 @@ from .engine.schedule import token_budget
 from .engine.trace import Found
 from .errors import CheckpointError, PlanError
 from .files import path_of
+from .journal import experiment
 from .models.model import Model
 from .options import refuse_unknown
 from .pairs import PromptPairs
@@ -66,6 +67,7 @@ class CollectOptions(TypedDict, total=False):
     tokens: int | None
 
 
+@experiment
 def collect_activations(
     model: Model,
     texts: Iterable[str | Sequence[int]] | PromptPairs | str,

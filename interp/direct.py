@@ -17,11 +17,13 @@ from .engine.reading import read_program, readings, run_readings
 from .engine.run import provenance
 from .engine.trace import Found
 from .errors import AuditError, MetricError, PlanError
+from .journal import experiment
 from .models.model import Model
 from .pairs import PromptPairs
 from .sites import Site
 
 
+@experiment
 def direct_effects(model: Model, pairs: PromptPairs, by: str = "component") -> Effects:
     """What each component adds by itself to the logit difference of the clean run (Elhage et al. 2021).
 

@@ -101,7 +101,7 @@ class EncodedPairs:
         warnings.warn(
             f"clean and corrupted prompts are the same{where} in pair{'s' * (len(same) > 1)} {named}: nothing is "
             f"corrupted there, and {what} counts them as no effect",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     @cached_property

@@ -18,6 +18,7 @@ from .engine.schedule import rows_are_apart, token_budget
 from .engine.trace import Found, generated
 from .errors import PlanError, SiteError
 from .generated import Generation
+from .journal import experiment
 from .models.model import Model
 from .options import Options
 from .plan import sets
@@ -28,6 +29,7 @@ from .tokens import Text, Tokens
 WHERE = ("all", "prompt", "generated")
 
 
+@experiment
 def generate(
     model: Model,
     prompt: Given,

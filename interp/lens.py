@@ -18,6 +18,7 @@ from .engine.reading import Reading, encode_prompts, packed, read_program, run_r
 from .engine.schedule import token_budget
 from .engine.trace import Found
 from .errors import PlanError, SiteError
+from .journal import experiment
 from .models.model import Model
 from .pairs import PromptPairs
 from .prompts import one_prompt
@@ -40,6 +41,7 @@ class Asked(NamedTuple):
     next: int
 
 
+@experiment
 def logit_lens(
     model: Model,
     prompts: PromptPairs | Sequence[str | Sequence[int]] | str,
@@ -148,14 +150,17 @@ def _predictions(
     return xr.Dataset(variables, coords, {"model": model.name, "revision": model.revision})
 
 
+@experiment
 def attention_patterns(
-    model: Model, prompt: str | Sequence[int], *, layers: Sequence[int] | int | None = None
+    model: Model, prompt: str | Sequence[int], *, layers: Sequence[int] | int | None = None, values: bool = False
 ) -> xr.DataArray:
     """Attention weights of every head on one prompt, whatever the attention implementation; for `plot_attention`.
 
     Args:
         prompt: a string, or token ids.
         layers: counted from 0, negative from the end; None is all.
+        values: also how long each token's value vector is, as the coordinate `value_norm` (layer, head, key): what a head moves
+            is the weight times the value (Kobayashi et al. 2020).
 
     Returns:
         DataArray (layer, head, query, key), float32, with the coordinate `token` by query; each row sums to 1, or
@@ -167,20 +172,33 @@ def attention_patterns(
     """
     encoded = encode_prompts(model, [one_prompt("prompt", prompt)])
     wanted = range(model.n_layers) if layers is None else integers(layers, "layers")
-    chosen = [model.require(Site("pattern", layer=layer)).layer or 0 for layer in wanted]
+    kinds = ("pattern", "v") if values else ("pattern",)
+    chosen = [model.require(Site(kind, layer=layer)).layer or 0 for kind in reversed(kinds) for layer in wanted][
+        -len(wanted) :
+    ]
     if not chosen:
         raise PlanError("attention_patterns was given no layer")
-    reads = [(layer, "pattern") for layer in sorted(set(chosen))]
-    weights_of: dict[Place, torch.Tensor] = {}
+    reads = [(layer, kind) for layer in sorted(set(chosen)) for kind in kinds]
+    found: dict[Place, torch.Tensor] = {}
 
     def program(group: Sequence[int]) -> Program:
         made = read_program(model, [encoded.clean[i] for i in group], reads, last=max(chosen))
         made["want_logits"] = False
         return made
 
-    run_readings(model, [Reading.of([0], program)], lambda _, result: weights_of.update(result["reads"]))
-    weights = np.stack([weights_of[layer, "pattern"][0].float().cpu().numpy() for layer in chosen])
-    coords = {"layer": chosen, "head": range(model.n_heads), "token": ("query", list(encoded.labels[0]))}
+    run_readings(model, [Reading.of([0], program)], lambda _, result: found.update(result["reads"]))
+    weights = np.stack([found[layer, "pattern"][0].float().cpu().numpy() for layer in chosen])
+    coords: dict[str, Any] = {
+        "layer": chosen,
+        "head": range(model.n_heads),
+        "token": ("query", list(encoded.labels[0])),
+    }
+    if values:
+        shared = model.n_heads // model.n_kv_heads
+        norms = [
+            found[layer, "v"][0].float().norm(dim=-1).T.repeat_interleave(shared, 0).cpu().numpy() for layer in chosen
+        ]
+        coords["value_norm"] = (("layer", "head", "key"), np.stack(norms))
     return xr.DataArray(weights, coords, ("layer", "head", "query", "key"), attrs={"model": model.name})
 
 

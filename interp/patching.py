@@ -8,6 +8,7 @@ from typing import Unpack
 from .effects import Effects
 from .engine.context import Experiment, Runs
 from .engine.run import run_cells
+from .journal import experiment
 from .metrics import Metric, logit_diff
 from .models.model import Model
 from .options import Options, Path, RunOptions
@@ -15,6 +16,7 @@ from .pairs import PromptPairs
 from .plan import Plan, grid
 
 
+@experiment
 def patch(
     model: Model,
     pairs: PromptPairs,
@@ -52,6 +54,7 @@ def patch(
     return run_cells(Experiment(model, runs, plan.resolve(model, encoded), metric, "patch", pairs.name), options)
 
 
+@experiment
 def comprehensive_activation_patching(
     model: Model,
     clean_prompt: str | Sequence[int],

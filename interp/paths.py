@@ -8,6 +8,7 @@ from typing import Unpack
 from .effects import Effects
 from .engine.context import Experiment, Runs
 from .engine.run import run_cells
+from .journal import experiment
 from .metrics import Metric, logit_diff
 from .models.model import EDGE_LAWS, Model
 from .options import Options, RunOptions
@@ -16,6 +17,7 @@ from .plan import paths
 from .sites import Site
 
 
+@experiment
 def path_patch(
     model: Model,
     pairs: PromptPairs,

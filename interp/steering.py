@@ -18,6 +18,7 @@ from .edits import Edit
 from .errors import PlanError
 from .generated import Generation
 from .generation import generate
+from .journal import experiment
 from .models.layout import count_of, part_index
 from .models.model import Model
 from .sites import Site
@@ -50,6 +51,7 @@ class Steering:
         return f"<table><tr><th>without</th><th>with {html.escape(self.what)}</th></tr>{rows}</table>"
 
 
+@experiment
 def steering_vector(
     model: Model,
     positive: Sequence[Any] | str,
@@ -81,6 +83,7 @@ def steering_vector(
     return means[0] - means[1]
 
 
+@experiment
 def steer(
     model: Model,
     prompt: str | Sequence[Any],

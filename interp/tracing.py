@@ -21,6 +21,7 @@ from .engine.reading import read_program, readings, run_readings
 from .engine.run import run_cells
 from .engine.trial import check_metric
 from .errors import PairsError, PlanError
+from .journal import experiment
 from .metrics import Metric, prob
 from .models.model import Model
 from .options import Options, RunOptions
@@ -35,6 +36,7 @@ class TraceOptions(RunOptions, total=False):
     average: bool
 
 
+@experiment
 def causal_trace(
     model: Model,
     pairs: PromptPairs,

@@ -14,7 +14,7 @@ import interp.lens
 from interp import Model, PromptPairs
 from interp.errors import MetricError, PairsError, PlanError, SiteError, SiteUnavailableError
 from interp.lens import attention_patterns, direct_effects, logit_lens
-from tests.families import EXPERTS, count_forwards, loaded, oracle_of, words
+from tests.families import EXPERTS, activation, count_forwards, loaded, oracle_of, words
 from tests.oracle.hooks import Oracle, Patch
 
 #: The final norm and head by name, written out here and not taken from the library's table.
@@ -298,3 +298,14 @@ def test_attention_patterns_refuse_what_has_none() -> None:
         attention_patterns(loaded("gpt2"), words(4, 4))
     with pytest.raises(PlanError, match="no layer"):
         attention_patterns(loaded("gpt2"), words(4)[0], layers=[])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama_gqa"])
+def test_patterns_know_how_long_values_are(family: str) -> None:
+    model, prompt = loaded(family), words(6)[0]
+    found = interp.lens.attention_patterns(model, prompt, layers=[1, 0], values=True)
+    for place, layer in enumerate((1, 0)):
+        values = activation(family, prompt, "v", layer)  # [position, kv head, d_head]
+        want = values.norm(dim=-1).T.repeat_interleave(model.n_heads // model.n_kv_heads, 0)
+        np.testing.assert_allclose(found["value_norm"][place], want, rtol=1e-4)
+    np.testing.assert_array_equal(found, interp.lens.attention_patterns(model, prompt, layers=[1, 0]))

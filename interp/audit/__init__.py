@@ -10,6 +10,7 @@ import torch
 
 from ..errors import AuditError, InterpError
 from ..findings import AuditReport, Finding
+from ..journal import experiment
 from ..models.model import Model
 from ..models.steady import steady
 from ..views import View
@@ -62,6 +63,7 @@ def _refuse(model: Model, report: AuditReport) -> None:
         )
 
 
+@experiment
 def audit(
     model: Model, *, length: int = 9, layers: Sequence[int] | None = None, views: Sequence[View] = ()
 ) -> AuditReport:
@@ -108,7 +110,7 @@ def check_reads(model: Model) -> AuditReport:
     if report.failed:
         warnings.warn(
             f"{model.name}: these sites are not what the row {model.family.name!r} says and are refused: {report.failed}",
-            stacklevel=3,
+            stacklevel=4,
         )
     return report
 

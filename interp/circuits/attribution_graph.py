@@ -20,6 +20,7 @@ from ..engine.reading import Reading, encode_prompts, read_program, run_readings
 from ..engine.schedule import gradient_budget
 from ..engine.trace import Found, execute, frozen_edges
 from ..errors import PlanError
+from ..journal import experiment
 from ..models.model import Model
 from ..prompts import one_prompt
 from ..saes.library import Dictionary, is_transcoder
@@ -34,6 +35,7 @@ from .prompt_graph import AttributionGraph
 PROBABILITY, LOGITS = 0.95, 10
 
 
+@experiment
 def attribution_graph(
     model: Model,
     prompt: str | Sequence[int],

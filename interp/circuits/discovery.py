@@ -15,11 +15,12 @@ from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edge, Edit
 from ..engine.context import Experiment, Runs, context_of
 from ..engine.program import Place
-from ..engine.run import run_cells
+from ..engine.run import prompts_said, run_cells
 from ..engine.schedule import gradient_budget
 from ..engine.slopes import FLAT, edge_estimates, midpoints
 from ..engine.trial import check_metric, name_of
 from ..errors import CircuitError
+from ..journal import experiment
 from ..metrics import Metric, logit_diff
 from ..models.model import EDGE_LAWS, GRADIENT_LAWS, Model
 from ..models.steady import steady
@@ -51,6 +52,7 @@ class DiscoverOptions(RunOptions, total=False):
     top: int
 
 
+@experiment
 def discover(
     model: Model,
     pairs: PromptPairs,
@@ -127,6 +129,7 @@ def discover(
         "metric": name_of(metric),
         "ablation": "counterfactual",
         "pairs": len(encoded),
+        "prompts": prompts_said(encoded, pairs.name),
     }
     asked = Experiment(model, runs, Resolved((), (), {}), metric, method, rounding=rounding)
     if method == "acdc":
@@ -178,7 +181,7 @@ def edge_attributions(
         warnings.warn(
             f"the gradient of {name_of(metric)} vanishes where {method} takes it (KL's does at the "
             f"clean run), so that its scores mean nothing; use {instead}another metric",
-            stacklevel=3,
+            stacklevel=4,
         )
     return scores
 
@@ -238,7 +241,7 @@ def warn_if_long(model: Model, runs: Runs, cells: Sequence[Cell], what: str) -> 
         warnings.warn(
             f"{what}: {len(cells)} × {len(runs)} pairs will take about {expected / 60:.0f} minutes; "
             "within=circuit limits them, checkpoint=path makes them resumable",
-            stacklevel=4 if what != "acdc" else 3,
+            stacklevel=5 if what != "acdc" else 4,
         )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Unpack
 
 import numpy as np
 import pandas as pd
 
 from ..errors import CircuitError
+from ..journal import experiment
 from ..metrics import Metric, logit_diff
 from ..models.model import Model
 from ..options import Options, RunOptions
@@ -45,6 +46,8 @@ class Evaluation:
     ablation: str
     completeness: float | None = None
     minimality: pd.DataFrame | None = None
+    #: of which model, prompts and circuit this is
+    provenance: Mapping[str, object] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
@@ -76,6 +79,7 @@ class EvaluationOptions(RunOptions, total=False):
     errors: bool
 
 
+@experiment
 def evaluate_circuit(
     model: Model,
     pairs: PromptPairs,
@@ -157,6 +161,7 @@ def evaluate_circuit(
         ablation,
         complete,
         minimal,
+        {**effects.provenance, "ablation": ablation, "fractions": list(fractions), "circuit": dict(circuit.meta)},
     )
 
 

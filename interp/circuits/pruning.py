@@ -13,9 +13,10 @@ from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edit
 from ..engine.context import Experiment, Runs
 from ..engine.reading import encode_prompts
-from ..engine.run import run_cells
+from ..engine.run import prompts_said, run_cells
 from ..engine.trial import check_metric, name_of
 from ..errors import CircuitError
+from ..journal import experiment
 from ..metrics import Metric, logit_diff
 from ..models.model import Model
 from ..options import Options, RunOptions
@@ -38,6 +39,7 @@ class PruningOptions(RunOptions, total=False):
     ahead: int
 
 
+@experiment
 def iterative_pruning(
     model: Model,
     prompt: str | Sequence[int] | None = None,
@@ -161,6 +163,7 @@ class _Pruning:
             "ablation": ablation,
             "threshold": self.threshold,
             "metric_value": current,
+            "prompts": prompts_said(asked.runs.encoded, asked.name),
             "trajectory": self.trajectory,
         }
         return Circuit.from_nodes(kept, Facts.of(asked.model), meta)

@@ -18,6 +18,7 @@ from ..engine.run import run_cells
 from ..engine.trace import contributions
 from ..engine.trial import check_metric
 from ..errors import CircuitError
+from ..journal import experiment
 from ..metrics import Metric, logit_diff
 from ..models.model import EDGE_LAWS, Model
 from ..options import Options, RunOptions
@@ -155,6 +156,7 @@ class CircuitOptions(RunOptions, total=False):
     errors: bool
 
 
+@experiment
 def run_circuit(
     model: Model,
     pairs: PromptPairs,

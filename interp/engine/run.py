@@ -54,7 +54,7 @@ def check_cells(metric: Metric, model: Model, values: np.ndarray, cells: Sequenc
         warnings.warn(
             f"metric {name_of(metric)!r} is infinite in {infinite} of {len(numbers)} patched runs: means over them are "
             "infinite too; use a metric that stays finite, such as log_prob in place of log(prob)",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -62,28 +62,30 @@ def provenance(model: Model, encoded: EncodedPairs, name: str, **more: object) -
     """What a record needs to say where it came from."""
     labels = [list(row) for row in encoded.labels]
     return {
-        "model": model.name,
-        "revision": model.revision,
-        "note": model.note,
-        "family": model.family.name,
-        "n_layers": model.n_layers,
-        "prefix": model.prefix,
+        **model.provenance,
         "versions": {name: version(name) for name in PACKAGES},
         "seed": current_seed(),
-        "prompts": {
-            "name": name,
-            "clean": [list(prompt) for prompt in encoded.clean],
-            "corrupted": None if encoded.corrupted is None else [list(prompt) for prompt in encoded.corrupted],
-            "answers": None if encoded.answers is None else [list(tokens) for tokens in encoded.answers],
-            "distractors": None if encoded.distractors is None else [list(tokens) for tokens in encoded.distractors],
-            "positions": {name: [list(clean) for clean, _ in at] for name, at in encoded.positions.items()},
-        },
+        "prompts": prompts_said(encoded, name),
         "tokens": labels,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **more,
     }
+
+
+def prompts_said(encoded: EncodedPairs, name: str) -> dict[str, object]:
+    """Prompt pairs as a record has them: token ids, whatever they were written as."""
+    said: dict[str, object] = {
+        "name": name,
+        "clean": [list(prompt) for prompt in encoded.clean],
+        "corrupted": None if encoded.corrupted is None else [list(prompt) for prompt in encoded.corrupted],
+        "answers": None if encoded.answers is None else [list(tokens) for tokens in encoded.answers],
+        "distractors": None if encoded.distractors is None else [list(tokens) for tokens in encoded.distractors],
+        "positions": {name: [list(clean) for clean, _ in at] for name, at in encoded.positions.items()},
+    }
+    places = [at - len(prompt) for at, prompt in zip(encoded.answer_positions, encoded.clean, strict=True)]
+    if any(place != -1 for place in places):
+        said["answer_positions"] = places
+    return said
 
 
 def run_cells(asked: Experiment, options: Options | None = None) -> Effects:

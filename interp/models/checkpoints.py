@@ -148,7 +148,7 @@ def _read_tokenizer(source: object, config: object, where: dict[str, Any]) -> ob
     if not written and not any(file_of(source, name, where) for name in _TOKENIZER_FILES):
         warnings.warn(
             f"{source} has no tokenizer files: prompts and answers must be token ids, or give load_model(..., tokenizer=)",
-            stacklevel=4,
+            stacklevel=5,
         )
         return None
     reason = "its vocabulary is empty"
@@ -217,7 +217,7 @@ def _read_weights(source: object, reader: Any, options: dict[str, object], allow
                 f"{said}. It was saved from {saved}, and transformers would fill the gaps with random numbers: give a "
                 "whole checkpoint, or load_model(..., allow_missing=True) to go on with them"
             )
-        warnings.warn(f"{said}; they are random numbers", stacklevel=4)
+        warnings.warn(f"{said}; they are random numbers", stacklevel=5)
     return hf
 
 
@@ -228,7 +228,7 @@ def _weightless(source: object, config: Any, tokenizer: object, dtype: object, o
     for option in {"subfolder", "gguf_file"} & set(options):
         warnings.warn(
             f"a server knows {source} by its id and revision alone: {option}={options[option]!r} is read here, not there",
-            stacklevel=4,
+            stacklevel=5,
         )
     known = tokenizer or ids_only(int(config.get_text_config().vocab_size))
     parts: dict[str, object] = {"task": "text-generation", "tokenizer": known}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ArchitectureError
+from ..journal import experiment
 from .adapters import refuse_more_than_layers, unwrapped
 from .bundled import ensure_bundled
 from .checkpoints import ids_only, read_checkpoint, wrapped
@@ -24,6 +25,7 @@ from .supported import both_ways, refuse_unsupported, without_fused
 SECRETS = ("token", "proxies")
 
 
+@experiment
 def load_model(
     model: str | os.PathLike[str] | torch.nn.Module,
     tokenizer: Any = None,

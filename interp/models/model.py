@@ -56,6 +56,13 @@ class Model:
     refused: dict[str, str] = field(default_factory=dict)
 
     @property
+    def provenance(self) -> dict[str, object]:
+        """What a record says of the model that it is about."""
+        return {"model": self.name, "revision": self.revision, "note": self.note, "family": self.family.name,
+                "n_layers": self.n_layers, "prefix": self.prefix, "device": str(self.device),
+                "dtype": str(self.dtype).removeprefix("torch.")}  # fmt: skip
+
+    @property
     def n_layers(self) -> int:
         """Number of transformer blocks."""
         return int(self.taps["n_layers"])

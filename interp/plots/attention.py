@@ -5,51 +5,23 @@ Imports bokeh and numpy; patterns may be torch tensors, which are only asked for
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from bokeh.events import Tap
 from bokeh.layouts import column, row
-from bokeh.models import ColumnDataSource, CustomJS, HoverTool, LinearColorMapper
-from bokeh.models.ui.ui_element import UIElement
-from bokeh.models.widgets.inputs import Select
-from bokeh.models.widgets.sliders import Slider
+from bokeh.models import LinearColorMapper
 from bokeh.palettes import Blues256
-from bokeh.plotting import figure
-from bokeh.transform import transform
 
 from ..errors import PlotError
+from .attention_explorer import explorer, pattern_panel
 from .given import head_of, labels_of, numbers, whole
 from .labels import told_apart, visible
-from .page import INK, MUTED, PAGE, Figure, color_scale, label_cells, panel, tooltip
+from .page import Figure, color_scale
 
 SIDE_BY_SIDE = 4  # more heads than this are tiles beside one large panel
 
-TILE, GAP, LINE = (
-    92,
-    14,
-    26,
-)  # px of the largest tile, between tiles, and between their rows, where a label stands
-MAX_WEIGHTS = 12_000_000  # a page holds every weight as four bytes, in base64
-
-_DRAW = """
-const n = size, heads = labels.length, all = weights.data.all;
-const at = (h) => new Float32Array(all.buffer, all.byteOffset + 4 * n * n * (layer_of() * heads + h), n * n);
-function layer_of() { return layer ? layer.value - layer.start : 0; }
-for (let h = 0; h < heads; h++) tiles.data.image[h].set(at(h));
-const h = labels.indexOf(head.value), chosen = at(h), cells = detail.data;
-for (let i = 0; i < cells.cell.length; i++) cells.weight[i] = chosen[cells.cell[i]];
-title.text = (layer ? "layer " + layer.value + " · " : "") + head.value;
-mark.data = {x: [tiles.data.x[h] + 0.5], y: [tiles.data.y[h] + 0.5]};
-tiles.change.emit(); detail.change.emit();
-"""
-_PICK = """
-const {x, y} = cb_obj, left = tiles.data.x, low = tiles.data.y;
-for (let h = 0; h < labels.length; h++)
-  if (x >= left[h] && x <= left[h] + 1 && y >= low[h] && y <= low[h] + 1) head.value = labels[h];
-"""
+MAX_WEIGHTS = 12_000_000  # a page holds every weight as one byte, in base64
 
 
 def plot_attention(
@@ -61,8 +33,10 @@ def plot_attention(
 ) -> Figure:
     """Draw attention patterns: queries down, keys across, weights from 0 to 1.
 
-    Up to four heads stand side by side; more are tiles beside one large panel, with a choice of head and
-    layer.
+    Up to four heads stand side by side; more are tiles beside one large panel, with a choice of head and layer, and the prompt as
+    text: the token under the mouse lights those that it reads (or that read it). There weights are held in steps of 1/254.
+    Patterns that know how long each token's value is (`attention_patterns(..., values=True)`) can be weighted by it, as a
+    share of the head's longest (Kobayashi et al. 2020): a token that is attended to and has nothing to say fades.
     What no query can attend to (the causal upper triangle, where it is all zero) stays blank.
 
     Args:
@@ -98,12 +72,15 @@ def plot_attention(
     if weights.shape[0] == 1 and len(labels) <= SIDE_BY_SIDE:
         cell = int(np.clip(1100 / len(labels) / n - 8, 12, 30))
         across = max(1, min(len(labels), 1240 // (cell * n + 110)))
-        panels = [_panel(w, label, names, full, mapper, cell)[0] for w, label in zip(weights[0], labels, strict=True)]
+        panels = [
+            pattern_panel(w, label, names, full, mapper, cell)[0] for w, label in zip(weights[0], labels, strict=True)
+        ]
         rows = [row(*panels[i : i + across], spacing=22) for i in range(0, len(panels), across)]
         layout = column(scale, *rows, spacing=14)
     else:
         first = layers[0] if layered and heads is None else None
-        layout = column(scale, _explorer(weights, labels, names, full, mapper, first), spacing=14)
+        norms = _norms(pattern) if heads is None else None
+        layout = column(scale, explorer(weights, labels, names, full, mapper, first, norms), spacing=14)
     return Figure(layout, title or "Attention patterns", "queries down, keys across; each row is what one query reads")
 
 
@@ -150,84 +127,9 @@ def _choose(
     return weights[:, list(heads)], [f"head {h}" for h in heads]
 
 
-def _panel(
-    weights: np.ndarray, title: str, names: list[str], full: list[str], mapper: LinearColorMapper, cell: int
-) -> tuple[figure, ColumnDataSource]:
-    """One labelled pattern [query, key], cell by cell for the hover."""
-    n = len(names)
-    plot = panel((-0.5, n - 0.5), (n - 0.5, -0.5), cell * n, cell * n, title)
-    at = np.flatnonzero(~np.isnan(weights)).astype(np.int32)
-    query, key = at // n, at % n
-    source = ColumnDataSource({
-        "query": query, "key": key, "cell": at, "weight": weights.ravel()[at],
-        "reads": np.array([f"{full[q]} → {full[k]}" for q, k in zip(query, key, strict=True)]),
-    })  # fmt: skip
-    color = transform("weight", mapper)
-    cells = plot.rect(
-        "key", "query", 1, 1, source=source, fill_color=color, line_color="#f0f0f0" if cell >= 12 else None,
-        hover_fill_color=color, hover_line_color=INK,
-    )  # fmt: skip
-    plot.add_tools(HoverTool(renderers=[cells], tooltips=tooltip("@reads", [("weight", "<b>@weight{0.000}</b>")])))
-    label_cells(plot, names, names, cell, cell)
-    plot.update(outline_line_color=None)
-    plot.yaxis.axis_label, plot.xaxis.axis_label = "query", "key"
-    return plot, source
-
-
-def _explorer(
-    weights: np.ndarray,
-    labels: list[str],
-    names: list[str],
-    full: list[str],
-    mapper: LinearColorMapper,
-    first: int | None,
-) -> UIElement:
-    """All heads of one layer (from `first`, if layers have numbers) as tiles beside one large panel.
-
-    A tap on a tile, or the widgets, choose what is drawn large.
-    """
-    n, (layers, count) = len(names), weights.shape[:2]
-    cell = int(np.clip(560 / n, 12, 30))
-    room = PAGE - cell * n - 170  # what the large panel and its labels leave beside them
-    beside = room >= 320
-    across = min(6, math.ceil(math.sqrt(count))) if beside else min(count, 12)
-    tile = int(np.clip((room if beside else PAGE) / across - GAP, 46, TILE))
-    overview, tiles, mark = _tiles(weights[0], labels, mapper, across, tile)
-    title = labels[0] if first is None else f"layer {first} · {labels[0]}"
-    large, detail = _panel(weights[0, 0], title, names, full, mapper, cell)
-    choices: list[str | tuple[Any, str]] = [*labels]
-    head = Select(title="head", value=labels[0], options=choices, width=120, margin=0)
-    start = first or 0
-    layer = Slider(title="layer", start=start, end=start + max(layers - 1, 1), value=start, step=1, width=240, margin=0)
-    widgets: list[Any] = [layer, head] if layers > 1 else [head]
-    arguments = {
-        "weights": ColumnDataSource({"all": weights.reshape(-1)}), "tiles": tiles, "detail": detail,
-        "mark": mark, "title": large.title, "labels": labels, "size": n, "head": head,
-        "layer": layer if layers > 1 else None,
-    }  # fmt: skip
-    for widget in widgets:
-        widget.js_on_change("value", CustomJS(args=arguments, code=_DRAW))
-    overview.js_on_event(Tap, CustomJS(args={"tiles": tiles, "labels": labels, "head": head}, code=_PICK))
-    pictures = row(overview, large, spacing=28) if beside else column(overview, large, spacing=10)
-    return column(row(*widgets, spacing=20), pictures, spacing=10)
-
-
-def _tiles(
-    weights: np.ndarray, labels: list[str], mapper: LinearColorMapper, across: int, tile: int
-) -> tuple[figure, ColumnDataSource, ColumnDataSource]:
-    """Patterns [head, query, key] as small images, with the sources of the images and of the frame."""
-    x = [(h % across) * (1 + GAP / tile) for h in range(len(labels))]
-    y = [-(h // across) * (1 + LINE / tile) for h in range(len(labels))]
-    left, right, low, high = -0.06, max(x) + 1.06, min(y) - 0.06, 1 + 22 / tile
-    plot = panel((left, right), (low, high), int(tile * (right - left)), int(tile * (high - low)))
-    # the empty toolbar stays: without one Bokeh clips a figure that stands beside another
-    plot.update(outline_line_color=None, tools=[])
-    plot.axis.visible = False
-    tiles = ColumnDataSource({"image": list(weights.copy()), "x": x, "y": y})
-    drawn: dict[str, Any] = {"color_mapper": mapper, "origin": "top_left", "anchor": "bottom_left"}
-    plot.image("image", "x", "y", 1, 1, source=tiles, **drawn)
-    plot.rect([a + 0.5 for a in x], [b + 0.5 for b in y], 1, 1, fill_color=None, line_color="#d8d8d8")
-    plot.text(x=x, y=[b + 1 + 4 / tile for b in y], text=labels, text_font_size="11px", text_color=MUTED)
-    mark = ColumnDataSource({"x": [x[0] + 0.5], "y": [y[0] + 0.5]})
-    plot.rect("x", "y", 1.04, 1.04, source=mark, fill_color=None, line_color="#d6604d", line_width=2)
-    return plot, tiles, mark
+def _norms(pattern: Any) -> np.ndarray | None:
+    """Lengths of values [layer, head, key] as shares of each head's longest; None where the pattern does not know them."""
+    if "value_norm" not in getattr(pattern, "coords", {}):
+        return None
+    norms = numbers("value_norm", pattern["value_norm"].values).reshape(-1, *pattern["value_norm"].shape[-2:])
+    return norms / np.maximum(norms.max(-1, keepdims=True), 1e-30)

@@ -19,7 +19,7 @@ from ..errors import PlotError
 from ..files import path_of
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATIENCE = 180.0  # s that one answer, or a page that draws itself, may take
+PATIENCE = float(os.environ.get("INTERP_PATIENCE", "180"))  # s that one answer, or a page that draws itself, may take
 _SIDE = 16000  # px; Chromium's limit on the side of a surface
 _FLAGS = (
     "--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",

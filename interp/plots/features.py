@@ -49,9 +49,9 @@ class FeaturePage(Figure):
         """The whole page as text; it opens with no network."""
         return self.page
 
-    def __reduce__(self) -> tuple[type[FeaturePage], tuple[None, str, str, str]]:
+    def __reduce__(self) -> tuple[type[FeaturePage], tuple[None, str, str, str, str, str]]:
         """Pickled and copied as its text."""
-        return FeaturePage, (None, self.title, self.subtitle, self.page)
+        return FeaturePage, (None, self.title, self.subtitle, "", "", self.page)
 
 
 def plot_features(
@@ -114,7 +114,7 @@ def plot_features(
         lines.append(f"the features that fire most often, those on less than {COMMON:.0%} of the tokens first")
     words = title or f"Features of {view.name}"
     subtitle = "\n".join(lines)
-    return FeaturePage(None, words, subtitle, page_of(words, subtitle, contents(model, seen)))
+    return FeaturePage(None, words, subtitle, page=page_of(words, subtitle, contents(model, seen)))
 
 
 def checked(view: View, features: Iterable[int] | int) -> list[int]:

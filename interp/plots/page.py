@@ -18,57 +18,45 @@ from typing import Any
 
 from bokeh.core.json_encoder import serialize_json
 from bokeh.document import Document
-from bokeh.embed import file_html
 from bokeh.embed.util import OutputDocumentFor
 from bokeh.models import AllLabels, BasicTicker, FixedTicker, LinearColorMapper, Range1d
 from bokeh.models.annotations import ColorBar, Title
 from bokeh.models.ui.ui_element import UIElement
 from bokeh.plotting import figure
-from bokeh.resources import Resources
 
 from ..errors import PlotError
 from ..files import path_of, write_atomically
 from .browser import Browser
 from .labels import extent, plain
-from .theme import CSS, FONT, INK, MUTED, RULE, SCRIPT
+from .standalone import standalone
+from .theme import FONT, INK, MUTED, RULE
 
 PAGE = 1240  # px that a laptop shows beside the scroll bar
-
-_TEMPLATE = """
-{% block postamble %}
-<link rel="icon" href="data:,">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{{ css }}</style>
-<script>{{ script }}</script>
-{% endblock %}
-{% block contents %}
-<main class="alone" data-bokeh="yes">
-<header><h1>{{ title | e }}</h1>{% for line in lines %}<p>{{ line | e }}</p>{% endfor %}</header>
-<div class="picture" role="group" tabindex="0" aria-label="{{ label | e }}">
-{{ super() }}
-</div>
-</main>
-{% endblock %}
-"""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Figure:
-    """A picture: a Bokeh layout under a title and an optional subtitle (one line of text per line)."""
+    """A picture under a title and an optional subtitle (one line of text per line): a Bokeh layout, or HTML of its own.
 
-    layout: UIElement
+    `body` and `script` are the picture where `layout` is None: text that is coloured.
+    """
+
+    layout: UIElement | None
     title: str
     subtitle: str = ""
+    body: str = ""
+    script: str = ""
 
     def html(self) -> str:
         """The whole page as text, BokehJS inlined: opens with no network."""
-        words = {"lines": self.subtitle.splitlines(), "css": CSS, "script": SCRIPT, "label": f"picture: {self.title}"}
-        return file_html(
-            self.layout, Resources(mode="inline"), self.title, template=_TEMPLATE, template_variables=words
-        )
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in self.subtitle.splitlines())
+        header = f"<header><h1>{html.escape(self.title)}</h1>{lines}</header>"
+        return standalone(self.title, [header, self], bare=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled and copied as Bokeh's own JSON: its models hold functions, which cannot be."""
+        if self.layout is None:
+            return Figure, (None, self.title, self.subtitle, self.body, self.script)
         with OutputDocumentFor([self.layout], always_new=True) as document:
             return _restored, (serialize_json(document.to_json(deferred=False)), self.title, self.subtitle)
 

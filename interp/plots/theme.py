@@ -1,6 +1,7 @@
 """The look of every page: colours in light and dark, type, tables, paper; and the script that redraws Bokeh's canvases for it.
 
-Plain text, so that reports and pictures share it. Every pair of colours that carries words has a contrast of 4.5 or more (WCAG AA).
+Plain text, so that reports and pictures share it. Every pair of colours that carries words has a contrast of 4.5 or more (WCAG
+AA).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CSS = f"""
   }}
 """
 
-#: Colours of Bokeh's models follow the page, pictures shrink to the paper, and <html> tells when all is drawn and how large it is.
+#: Colours of Bokeh's models follow the page, pictures shrink to the paper, and <html> tells when all is drawn, and its size.
 SCRIPT = """
   document.addEventListener("DOMContentLoaded", () => {
     const root = document.documentElement, main = document.querySelector("main");
@@ -78,8 +79,8 @@ SCRIPT = """
         name(); measure(); root.dataset.ready = "yes";
       }
     }, 50);
-    // Bokeh draws on canvases inside shadow roots: what they show is said by the region that holds them. Its inputs get the page's
-    // colours, and names.
+    // Bokeh draws on canvases inside shadow roots: what they show is said by the region that holds them. Its inputs get the
+    // page's colours, and names.
     const name = () => {
       for (const canvas of deep(document, "canvas")) canvas.setAttribute("aria-hidden", "true");
       for (const button of deep(document, "[role=button], .bk-tool-icon, .bk-ToolbarButton, .bk-tool-button")) {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..collect import request_of, run_window
 from ..errors import PairsError, PlanError
+from ..journal import experiment
 from ..models.model import Model
 from ..sites import Site
 from ..windows import MASSIVE, Cut, bar_of, prompts_from, windows
@@ -65,6 +66,7 @@ class SAEReport:
         )
 
 
+@experiment
 def evaluate_sae(
     model: Model,
     sae: Dictionary,

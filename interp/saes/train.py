@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, PlanError
 from ..files import path_of
+from ..journal import experiment
 from ..options import refuse_unknown
 from .calibrate import Held, calibrate, measured
 from .data import ESTIMATE, Data, data_of
@@ -105,6 +106,7 @@ class Training:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
+@experiment
 def train_sae(
     sae: Dictionary | Sequence[Dictionary],
     activations: Any,

@@ -93,7 +93,7 @@ def test_patterns_bring_their_own_labels_and_numbers_of_layers() -> None:
     data = first.renderers[0].data_source.data
     np.testing.assert_allclose(data["weight"], weights[3, 1].ravel()[data["cell"]], rtol=1e-6)
     assert first.xaxis.major_label_overrides[2] == "·and"
-    assert plot_attention(own).layout.children[1].children[1].children[1].title.text == "layer 2 · head 0"
+    assert plot_attention(own).layout.children[1].children[-1].children[1].title.text == "layer 2 · head 0"
     with pytest.raises(PlotError, match="layers 2 to 5, heads 0 to 5"):
         plot_attention(own, heads=[(0, 1)])
     with pytest.raises(PlotError, match=r"\[2, 5\] are not consecutive"):
@@ -128,8 +128,8 @@ def test_a_pattern_too_big_for_a_page_is_refused() -> None:
 def test_layer_and_head_are_chosen_on_the_page(tmp_path: Path, chromium: str) -> None:
     weights = pattern(3, 9)
     picture = plot_attention(weights, TOKENS)
-    widgets, pictures = picture.layout.children[1].children
-    (slider, head), (overview, large) = widgets.children, pictures.children
+    widgets, strip, pictures = picture.layout.children[1].children
+    (slider, head, way), (overview, large) = widgets.children, pictures.children
     source = large.select_one({"type": ColumnDataSource})
     cells = source.data["cell"]
 
@@ -138,18 +138,48 @@ def test_layer_and_head_are_chosen_on_the_page(tmp_path: Path, chromium: str) ->
         return np.array(found, dtype=np.float32)
 
     with Page(picture.save(tmp_path / "page.html")) as page:
-        np.testing.assert_allclose(drawn(), weights[0, 0].ravel()[cells], rtol=1e-6)
+        held = np.round(weights * 254) / 254  # what eight bits keep
+        np.testing.assert_allclose(drawn(), held[0, 0].ravel()[cells], rtol=1e-6)
         page.mouse(
             *page.point(overview.id, 0.5 + 2 * (1 + 14 / 92), 0.5), click=True
         )  # the third tile of the first row
         page.wait(f"Bokeh.documents[0].get_model_by_id('{head.id}').value === 'head 2'")
-        np.testing.assert_allclose(drawn(), weights[0, 2].ravel()[cells], rtol=1e-6)
+        np.testing.assert_allclose(drawn(), held[0, 2].ravel()[cells], rtol=1e-6)
         page.evaluate(f"Bokeh.documents[0].get_model_by_id('{slider.id}').value = 2")
-        np.testing.assert_allclose(drawn(), weights[2, 2].ravel()[cells], rtol=1e-6)
+        np.testing.assert_allclose(drawn(), held[2, 2].ravel()[cells], rtol=1e-6)
         assert page.evaluate(f"Bokeh.documents[0].get_model_by_id('{large.title.id}').text") == "layer 2 · head 2"
         tile = page.evaluate(f"""(() => {{
             const tiles = Bokeh.documents[0].get_model_by_id('{overview.renderers[0].data_source.id}');
             return [...tiles.data.image[8]].map((w) => isNaN(w) ? -1 : w); }})()""")
-        expected = np.where(np.tri(5, dtype=bool), weights[2, 8], -1).ravel()
+        expected = np.where(np.tri(5, dtype=bool), held[2, 8], -1).ravel()
         np.testing.assert_allclose(tile, expected, rtol=1e-6)
+        (boxes, _) = strip.renderers
+        words = f"Bokeh.documents[0].get_model_by_id('{boxes.data_source.id}').data"
+        lit = lambda: np.array(page.evaluate(f"[...{words}.weight]"), dtype=np.float32)  # noqa: E731
+        np.testing.assert_allclose(
+            lit(), held[2, 2][4], rtol=1e-6
+        )  # the last token reads, before the mouse is anywhere
+        page.mouse(*page.point(strip.id, boxes.data_source.data["x"][2], 0))
+        page.wait(f"{words}.reads[0].startsWith('2 ')")
+        np.testing.assert_allclose(lit(), np.where(np.arange(5) <= 2, held[2, 2][2], 0), rtol=1e-6)
+        page.evaluate(f"Bokeh.documents[0].get_model_by_id('{way.id}').active = 1")
+        np.testing.assert_allclose(lit(), np.where(np.arange(5) >= 2, held[2, 2][:, 2], 0), rtol=1e-6)
+        assert page.evaluate(f"{words}.reads[4]") == "2 “·and” is read by 4 “↵”"
         assert page.errors == [] and page.network == []
+
+
+def test_patterns_are_weighted_by_values_on_the_page(tmp_path: Path, chromium: str) -> None:
+    weights = pattern(2, 6)
+    norms = np.random.default_rng(1).random((2, 6, 5)) + 0.1
+    coords = {"layer": [0, 1], "token": ("query", TOKENS), "value_norm": (("layer", "head", "key"), norms)}
+    picture = plot_attention(xr.DataArray(weights, coords, ("layer", "head", "query", "key")))
+    widgets, _, pictures = picture.layout.children[1].children
+    slider, _, _, value = widgets.children
+    source = pictures.children[1].select_one({"type": ColumnDataSource})
+    with Page(picture.save(tmp_path / "page.html")) as page:
+        page.evaluate(f"Bokeh.documents[0].get_model_by_id('{slider.id}').value = 1")
+        page.evaluate(f"Bokeh.documents[0].get_model_by_id('{value.id}').active = true")
+        found = page.evaluate(f"[...Bokeh.documents[0].get_model_by_id('{source.id}').data.weight]")
+        held = np.round(weights[1, 0] * 254) / 254 * (norms[1, 0] / norms[1, 0].max())
+        np.testing.assert_allclose(found, held.ravel()[source.data["cell"]], rtol=1e-5)
+        assert page.errors == []

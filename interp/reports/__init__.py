@@ -1,0 +1,58 @@
+"""Reports: one standalone page of anything that experiments give, in words, pictures and tables, with code that does it again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import PlotError
+from ..files import path_of, write_atomically
+from ..journal import experiment
+from .page import page_of
+from .sections import Section, section_of
+
+__all__ = ["Section", "report", "section_of"]
+
+Item = object
+
+
+@experiment
+def report(items: Iterable[Item] | Item, path: str | os.PathLike[str], title: str = "Report") -> Path:
+    """Write one page of results: contents, sentences made from the records, pictures, sortable tables, provenance, code.
+
+    Args:
+        items: one thing or several, each by itself or as (heading, thing): `Effects`, circuits, what `evaluate_circuit` and
+            `evaluate_sae` give, audits, lenses and attention patterns, dictionaries, figures, tables (pandas), what was
+            generated, tracked runs, and text, which is a paragraph.
+        path: an .html file.
+        title: the heading of the page.
+
+    Returns:
+        The path. The page stands alone: it opens with no network, in light and dark, on a phone, and can be printed.
+
+    Raises:
+        PlotError: nothing to show, a thing that a report cannot show, or a place that cannot be written; before the page is.
+
+    Example:
+        >>> interp.report([effects, ("The circuit", circuit), "What I make of it."], "ioi.html", title="Indirect objects")
+    """
+    where = path_of(path, PlotError)
+    if where.suffix != ".html":
+        raise PlotError(f"a report is a page: {where.name!r} must end in .html")
+    single = isinstance(items, str) or not isinstance(items, list | tuple) or _is_named(items)
+    given = [items] if single else list(items)  # type: ignore[arg-type]
+    if not given:
+        raise PlotError("a report was given nothing to show")
+    sections = [section_of(item[1], str(item[0])) if _is_named(item) else section_of(item) for item in given]  # type: ignore[index]
+    page = page_of(title, sections)
+    try:
+        write_atomically(where, page.encode())
+    except OSError as error:
+        raise PlotError(f"cannot write {where}: {error.strerror or error}") from error
+    return where
+
+
+def _is_named(item: object) -> bool:
+    """Whether it is (heading, thing)."""
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
