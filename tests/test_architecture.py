@@ -22,10 +22,10 @@ ROOT = Path(interp.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 #: Rooms from the first to the last: a module imports from rooms that stand before its own.
 ROOMS = (
-    "errors", "packages", "files", "seeds", "order", "sites", "findings", "generated", "cached", "edits", "views",
+    "errors", "journal", "packages", "markup", "files", "seeds", "order", "sites", "findings", "generated", "cached", "edits", "views",
     "metrics", "tokens", "prompts", "encoded", "pairs", "cells", "product", "plan", "options", "spans", "effects",
     "models", "engine", "audit", "shards", "shuffled", "corpora", "windows", "generation", "running", "direct",
-    "methods", "saes", "steering", "circuits", "plots", "reports", "tracking", "tasks", "cli", "__main__",
+    "methods", "saes", "steering", "circuits", "plots", "reports", "tracking", "tasks", "studies", "cli", "__main__",
 )  # fmt: skip
 #: What `tests/tools/house_counts.py` counts, at most.
 COMPARISONS, LINES, ARGUMENTS, ANYS = 22, 60, 10, 335
@@ -37,6 +37,7 @@ BACKWARD = {
     ("plan.py", "saes"): "features(sae) is a plan of the dictionary's view",
     ("models/loading.py", "generation"): "load_model gives a model the method that model.generate is",
     ("models/loading.py", "running"): "load_model gives a model the method that model.run is",
+    ("audit/__main__.py", "cli"): "python -m interp.audit is another name of the command",
     ("models/loading.py", "audit"): "load_model checks the model that it has made, and gives it its audit",
 }
 #: What is sent to a server by source, and what else such a file may import. Six files at first; the engine's
@@ -54,7 +55,7 @@ OWNERS = {
     "bokeh": ("plots/",),
     "sae_lens": ("saes/",),
     "transformer_lens": ("saes/",),
-    "wandb": ("tracking.py",),
+    "wandb": ("tracking/",),
     "nnsight": ("models/", "engine/"),
     "networkx": ("circuits/", "plots/"),
 }
@@ -149,8 +150,11 @@ def test_packages_are_imported_by_the_room_that_owns_them() -> None:
 
 
 def test_wandb_is_imported_when_it_is_used() -> None:
-    if (ROOT / "tracking.py").exists():
-        assert not any(module.split(".")[0] == "wandb" and top for module, top in imports("tracking.py"))
+    """Within a function, and in the process that speaks to it, not in a run's own."""
+    found = {
+        name: top for name in map(name_of, FILES) for module, top in imports(name) if module.split(".")[0] == "wandb"
+    }
+    assert found == {"tracking/child.py": False}
 
 
 def test_traces_are_opened_in_one_place() -> None:

@@ -127,14 +127,18 @@ def explorer(
         "layer": layer if layers > 1 else None,
     }  # fmt: skip
     draw = CustomJS(args=arguments, code=_DRAW)
-    chosen: list[tuple[Any, str]] = [(head, "value"), (way, "active"), *([(layer, "value")] if layers > 1 else [])]
+    chosen: list[tuple[UIElement, str]] = [
+        (head, "value"),
+        (way, "active"),
+        *([(layer, "value")] if layers > 1 else []),
+    ]
     for widget, what in [*chosen, *([(value, "active")] if value is not None else []), (lit, "data")]:
         widget.js_on_change(what, draw)
     hover: Any = strip.select_one({"type": HoverTool})
     hover.callback = CustomJS(args={"lit": lit}, code=_LIGHT)
     overview.js_on_event(Tap, CustomJS(args={"tiles": tiles, "labels": labels, "head": head}, code=_PICK))
     pictures = row(overview, large, spacing=28) if beside else column(overview, large, spacing=10)
-    widgets: list[Any] = [layer, head] if layers > 1 else [head]
+    widgets: list[UIElement] = [layer, head] if layers > 1 else [head]
     return column(row(*widgets, way, *([value] if value is not None else []), spacing=20), strip, pictures, spacing=10)
 
 

@@ -19,7 +19,7 @@ from ..errors import PlotError
 from ..files import path_of
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATIENCE = float(os.environ.get("INTERP_PATIENCE", "180"))  # s that one answer, or a page that draws itself, may take
+PATIENCE = 180.0  # s that one answer, or a page that draws itself, may take
 _SIDE = 16000  # px; Chromium's limit on the side of a surface
 _FLAGS = (
     "--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -51,11 +51,11 @@ class Browser:
         executable = find_chromium()
         if executable is None:
             raise PlotError(
-                "a PNG needs headless Chromium, and none was found: install Chromium or Chrome "
+                "a picture needs headless Chromium, and none was found: install Chromium or Chrome "
                 f"({', '.join(BROWSERS)}), or set INTERP_CHROMIUM to its path, or save as .html"
             )
         if sys.platform == "win32":
-            raise PlotError("a PNG can be made on Linux and macOS only: save as .html and print the page")
+            raise PlotError("a picture can be made on Linux and macOS only: save as .html and print the page")
         self._name = executable
         with ExitStack() as undo:
             folder = undo.enter_context(TemporaryDirectory(prefix="interp-browser-", ignore_cleanup_errors=True))

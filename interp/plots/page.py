@@ -26,8 +26,8 @@ from bokeh.plotting import figure
 
 from ..errors import PlotError
 from ..files import path_of, write_atomically
-from .browser import Browser
 from .labels import extent, plain
+from .saving import png, written
 from .standalone import standalone
 from .theme import FONT, INK, MUTED, RULE
 
@@ -61,15 +61,13 @@ class Figure:
             return _restored, (serialize_json(document.to_json(deferred=False)), self.title, self.subtitle)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a standalone .html page, or a .png of it through headless Chromium.
+        """Write a standalone .html page, or a .png, .pdf or .svg of it through headless Chromium.
 
         Raises:
-            PlotError: another suffix, a place that cannot be written, or no browser for a .png.
+            PlotError: another suffix, a place that cannot be written, or no browser for a picture.
         """
         path = path_of(path, PlotError)
-        if path.suffix not in (".html", ".png"):
-            raise PlotError(f"cannot save a figure as {path.name!r}: the suffix must be .html or .png")
-        data = self.html().encode() if path.suffix == ".html" else self.png()
+        data = written(path.suffix, path.name)(self.html(), self.title, self.subtitle, self.layout is not None)
         try:
             write_atomically(path, data)
         except OSError as error:
@@ -82,13 +80,7 @@ class Figure:
         Raises:
             PlotError: no Chromium, or it failed; the message says what it printed.
         """
-        with tempfile.TemporaryDirectory(prefix="interp-png-") as folder, Browser(scale=scale) as browser:
-            page = Path(folder, "page.html")
-            page.write_text(self.html(), encoding="utf-8")
-            browser.open(page)
-            browser.evaluate("document.documentElement.dataset.whole = 'yes'")
-            browser.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-            return browser.png()
+        return png(self.html(), scale)
 
     def show(self) -> None:
         """Draw inline in a notebook; elsewhere open a temporary page in the default browser.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 from bokeh.layouts import column
-from bokeh.models import ColumnDataSource, HoverTool, LinearColorMapper
+from bokeh.models import BasicTicker, ColumnDataSource, HoverTool, LinearColorMapper
 from bokeh.models.annotations import Span
+from bokeh.models.ui.ui_element import UIElement
 from bokeh.palettes import Blues256, RdBu11, interp_palette
 from bokeh.transform import transform
 
@@ -17,6 +16,8 @@ from ..errors import PlotError
 from .labels import told_apart, visible
 from .page import INK, MUTED, RULE, Figure, Plot, color_scale, label_cells, panel, tooltip
 
+#: Columns of a source.
+Rows = dict[str, list[object]]
 #: px of a cell of the lens.
 WIDE, HIGH = 84, 20
 #: Prompts of a lens on one page.
@@ -58,7 +59,7 @@ def _lens_panel(lens: xr.Dataset, mapper: LinearColorMapper, number: int | None)
         (-0.5, len(places) - 0.5), (-0.5, len(layers) - 0.5), max(WIDE * len(places), 120), max(HIGH * len(layers), 40),
         "" if number is None else f"prompt {number}",
     )  # fmt: skip
-    rows: dict[str, list[Any]] = {name: [] for name in ("x", "y", "word", "p", "ink", "edge", "said", "rank")}
+    rows: Rows = {name: [] for name in ("x", "y", "word", "p", "ink", "edge", "said", "rank", "y_name", "x_name")}
     for y in range(len(layers)):
         for x in range(len(places)):
             cell = lens.isel(layer=y, position=x)
@@ -66,6 +67,8 @@ def _lens_panel(lens: xr.Dataset, mapper: LinearColorMapper, number: int | None)
             hit = int(cell["token"].values[0]) == int(cell["next_token"].values) >= 0
             rows["x"].append(x)
             rows["y"].append(y)
+            rows["y_name"].append(layers[y])
+            rows["x_name"].append(f"{places[x]} “{names[x]}”")
             rows["word"].append(visible(tokens[0], 10))
             rows["p"].append(float(p[0]))
             rows["ink"].append("#fffffe" if p[0] > 0.5 else "#222223")
@@ -82,8 +85,6 @@ def _lens_panel(lens: xr.Dataset, mapper: LinearColorMapper, number: int | None)
               text_baseline="middle")  # fmt: skip
     lines = [("says", "@said"), ("rank of the next token", "<b>@rank</b>")]
     plot.add_tools(HoverTool(renderers=[cells], tooltips=tooltip("layer @y_name, position @x_name", lines)))
-    source.data["y_name"] = [layers[y] for y in rows["y"]]
-    source.data["x_name"] = [f"{places[x]} “{names[x]}”" for x in rows["x"]]
     label_cells(plot, names, [str(layer) for layer in layers], WIDE, HIGH)
     plot.yaxis.axis_label = "layer"
     return plot
@@ -103,7 +104,7 @@ def plot_direct_effects(effects: Effects, *, title: str | None = None) -> Figure
     mean = effects.values.mean("pair")
     layers = mean["layer"].values.tolist()
     inner = next((str(dim) for dim in mean.dims if dim not in ("component", "layer")), None)
-    parts: list[Any] = []
+    parts: list[UIElement] = []
     bars = {}
     for name in mean["component"].values.tolist():
         part = mean.sel(component=name)
@@ -113,7 +114,7 @@ def plot_direct_effects(effects: Effects, *, title: str | None = None) -> Figure
     parts.append(_bars(bars, layers))
     if cells and inner is not None:
         most = float(np.nanmax(np.abs(mean.sel(component=cells).values))) or 1.0
-        palette = list(interp_palette(RdBu11[::-1], 255))
+        palette = list(interp_palette(RdBu11, 255))
         mapper = LinearColorMapper(palette=palette, low=-most, high=most, nan_color="rgba(0,0,0,0)")
         parts += [color_scale(mapper, f"{effects.provenance.get('metric', 'logit_diff')} that a cell adds")]
         parts += [_cells(mean.sel(component=name), name, inner, mapper, effects) for name in cells]
@@ -125,7 +126,7 @@ def plot_direct_effects(effects: Effects, *, title: str | None = None) -> Figure
 
 def _bars(parts: dict[str, xr.DataArray], layers: list[int]) -> Plot:
     """A bar for each part and layer; parts without a layer stand below the first."""
-    rows: dict[str, list[Any]] = {name: [] for name in ("y", "value", "color", "name", "height")}
+    rows: Rows = {name: [] for name in ("y", "value", "color", "name", "height")}
     single = [name for name, part in parts.items() if int(np.isfinite(part.values).sum()) == 1 and name not in COLORS]
     series = [name for name in parts if name not in single]
     labels = [*single, *(str(layer) for layer in layers)]
@@ -138,15 +139,13 @@ def _bars(parts: dict[str, xr.DataArray], layers: list[int]) -> Plot:
             if np.isfinite(value):
                 y = len(single) + place + 0.4 - (number + 0.5) * height
                 _row(rows, y, value, COLORS.get(name, "#009e73"), f"{name}, layer {layers[place]}", height * 0.9)
-    most = max(map(abs, rows["value"]), default=1.0) or 1.0
+    most = max((abs(float(str(value))) for value in rows["value"]), default=1.0) or 1.0
     plot = panel((-1.08 * most, 1.08 * most), (-0.6, len(labels) - 0.4), 620, 18 * len(labels) + 20)
     plot.add_layout(Span(location=0, dimension="height", line_color=RULE, line_width=1.5, level="underlay"))
     source = ColumnDataSource(rows)
     bars = plot.hbar(y="y", right="value", left=0, height="height", source=source, fill_color="color", line_color=None)
     plot.add_tools(HoverTool(renderers=[bars], tooltips=tooltip("@name", [("adds", "<b>@value{+0.000}</b>")])))
     label_cells(plot, [], labels, 20, 18)
-    from bokeh.models import BasicTicker
-
     plot.xaxis.update(ticker=BasicTicker(desired_num_ticks=7), major_label_overrides={})
     plot.yaxis.axis_label = "layer"
     shown = [f"{name} ({word})" for name, word in (("attn_out", "blue"), ("mlp_out", "orange")) if name in series]
@@ -154,7 +153,7 @@ def _bars(parts: dict[str, xr.DataArray], layers: list[int]) -> Plot:
     return plot
 
 
-def _row(rows: dict[str, list[Any]], y: float, value: float, color: str, name: str, height: float) -> None:
+def _row(rows: Rows, y: float, value: float, color: str, name: str, height: float) -> None:
     """One bar."""
     for column_name, entry in (("y", y), ("value", value), ("color", color), ("name", name), ("height", height)):
         rows[column_name].append(entry)

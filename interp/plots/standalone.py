@@ -67,7 +67,8 @@ _PLAIN = """<!DOCTYPE html>
 def standalone(title: str, parts: Sequence[str | Picture], css: str = "", script: str = "", bare: bool = False) -> str:
     """A page of HTML and figures in this order; `css` and `script` come behind the theme's.
 
-    Text that is coloured (`plot_tokens`) stands as it is, a page of its own (`plot_features`) in a frame. `bare`: as wide as its content.
+    Text that is coloured (`plot_tokens`) stands as it is, a page of its own (`plot_features`) in a frame. `bare`: as wide as
+    its content.
     """
     pieces: list[tuple[str, str, int]] = []
     layouts: list[UIElement] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 
@@ -53,7 +52,7 @@ SCRIPT = (
 
 def plot_tokens(
     tokens: Sequence[str] | Sequence[Sequence[str]],
-    values: Any,
+    values: object,
     *,
     names: Sequence[str] | None = None,
     title: str | None = None,
@@ -81,7 +80,10 @@ def plot_tokens(
         raise PlotError(f"plot_tokens needs a list of tokens, not {tokens!r}; model.tokens(text).labels gives one")
     several = not isinstance(tokens[0], str)
     texts: list[list[str]] = [[str(token) for token in text] for text in (tokens if several else [tokens])]  # type: ignore[list-item]
-    given = [numbers("values", part) for part in (list(values) if several else [values])]
+    given = [
+        numbers("values", part)
+        for part in (list(values) if several else [values])  # type: ignore[call-overload]
+    ]
     if len(given) != len(texts):
         raise PlotError(f"plot_tokens was given {len(texts)} texts, but values of {len(given)}")
     tables = [part[:, None] if part.ndim == 1 else part for part in given]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import PlotError
 from ..files import path_of, write_atomically
 from ..journal import experiment
 from .page import page_of
-from .sections import Section, section_of
+from .parts import Section
+from .sections import section_of
 
 __all__ = ["Section", "report", "section_of"]
 
@@ -45,12 +47,22 @@ def report(items: Iterable[Item] | Item, path: str | os.PathLike[str], title: st
     if not given:
         raise PlotError("a report was given nothing to show")
     sections = [section_of(item[1], str(item[0])) if _is_named(item) else section_of(item) for item in given]  # type: ignore[index]
-    page = page_of(title, sections)
+    page = page_of(title, told_apart(sections))
     try:
         write_atomically(where, page.encode())
     except OSError as error:
         raise PlotError(f"cannot write {where}: {error.strerror or error}") from error
     return where
+
+
+def told_apart(sections: list[Section]) -> list[Section]:
+    """Headings that come again get a number, so that contents lead where they say."""
+    seen: dict[str, int] = {}
+    made = []
+    for section in sections:
+        seen[section.title] = count = seen.get(section.title, 0) + 1
+        made.append(replace(section, title=f"{section.title} ({count})") if section.title and count > 1 else section)
+    return made
 
 
 def _is_named(item: object) -> bool:

@@ -8,7 +8,7 @@ from html import escape
 from ..markup import definitions, table
 from ..plots import Figure
 from ..plots.standalone import standalone
-from .sections import Section
+from .parts import Section
 
 CSS = """
   main { max-width: 1280px; font-size: 14px; line-height: 1.5; }

@@ -113,7 +113,7 @@ def _attribute(record: Record, kind: str) -> list[str]:
     more = f", method={kind!r}" + metric_words(record, "logit_diff") + f", direction={record['direction']!r}"
     points, checked = record.get("points"), record.get("verification")
     more += f", points={points}" if points else ""
-    more += f", verify={len(checked['cells'])}" if checked else ""
+    more += f", verify={sum(cell['top'] for cell in checked['cells'])}" if checked else ""
     return [f"plan = {plan_text(record['plan'])}", f"effects = interp.attribute(model, pairs, plan{more})"]
 
 

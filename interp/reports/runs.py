@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from .sections import Section, Table, table_of
+from .parts import Section, Table, table_of
 
 if TYPE_CHECKING:
     from ..tracking import Run

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ import xarray as xr
 
 from ..effects import Effects
 from ..errors import InterpError, PlotError
-from ..findings import AuditReport
+from ..findings import AuditReport, Finding
 from ..plots import (
     Figure,
     plot_activation_patching_results,
@@ -21,35 +20,15 @@ from ..plots import (
     plot_faithfulness,
 )
 from . import reproduce
-from .words import circuit_words, effects_words, evaluation_words
+from .parts import Section, Table, table_of
+from .words import circuit_words, effects_words, evaluation_words, listed
 
 if TYPE_CHECKING:
     from ..circuits import Circuit, Evaluation
+    from ..saes.library import Dictionary
 
 #: Rows of a table, and edges of a drawn circuit, at most.
 ROWS, EDGES = 20, 200
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under names."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[object]]
-    caption: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of a report. Words are paragraphs; a picture that could not be drawn is a word of why."""
-
-    title: str
-    words: Sequence[str] = ()
-    figures: Sequence[Figure] = ()
-    tables: Sequence[Table] = ()
-    provenance: Mapping[str, object] = field(default_factory=dict)
-    code: str = ""
-    text: Sequence[str] = ()  # kept as it is written, in a block of its own
 
 
 def section_of(item: object, title: str = "") -> Section:
@@ -77,20 +56,22 @@ def section_of(item: object, title: str = "") -> Section:
     if isinstance(item, xr.Dataset | xr.DataArray):
         return of_array(item, title)
     if hasattr(item, "W_dec") and hasattr(item, "cfg"):
-        return of_dictionary(item, title)
+        return of_dictionary(cast("Dictionary", item), title)
     return of_other(item, title)
 
 
 def of_effects(effects: Effects, title: str) -> Section:
     """Effects of patching and its kin."""
     record = effects.provenance
-    figures, words = [], effects_words(effects)
+    figures: list[Figure] = []
+    words = effects_words(effects)
     try:
         figures = [plot_activation_patching_results(effects)]
     except InterpError as error:
         words = [*words, f"No picture: {error}"]
     method = str(record.get("method", "effects")).replace("_", " ").replace(":", ", ")
-    heading = title or f"{method[:1].upper()}{method[1:]}" + (f" of {record['model']}" if record.get("model") else "")
+    names = (record.get("plan") or {}).get("components") or []
+    heading = title or f"{method[:1].upper()}{method[1:]}" + (f": {listed(names, 3)}" if names else "")
     return Section(heading, words, figures, (strongest(effects),), record, reproduce.of_effects(record))
 
 
@@ -161,10 +142,10 @@ def of_evaluation(evaluation: Evaluation, title: str) -> Section:
 
 def of_audit(report: AuditReport, title: str) -> Section:
     """What an audit found, the worst of each check."""
-    worst: dict[tuple[str, str], Any] = {}
+    worst: dict[tuple[str, str], Finding] = {}
     for finding in report.findings:
         key = finding.kind, finding.what
-        if key not in worst or finding.error / finding.tolerance > worst[key].error / worst[key].tolerance:
+        if key not in worst or _share(finding) > _share(worst[key]):
             worst[key] = finding
     rows = [
         [kind, what, f.layer, f.error, f.tolerance, "ok" if f.ok else "FAILED"] for (kind, what), f in worst.items()
@@ -175,6 +156,11 @@ def of_audit(report: AuditReport, title: str) -> Section:
         ["site or law", "check", "layer", "error", "allowed", "verdict"], rows, "The worst layer of each check"
     )
     return Section(title or f"Audit of {report.model}", [said], tables=(table,))
+
+
+def _share(finding: Finding) -> float:
+    """The error beside what is allowed; of a note, for which nothing is, the error."""
+    return finding.error / (finding.tolerance or 1.0)
 
 
 def of_array(given: xr.Dataset | xr.DataArray, title: str) -> Section:
@@ -193,11 +179,11 @@ def of_array(given: xr.Dataset | xr.DataArray, title: str) -> Section:
     return Section(title or name, tables=(table_of(frame, ""),))
 
 
-def of_dictionary(sae: Any, title: str) -> Section:
+def of_dictionary(sae: Dictionary, title: str) -> Section:
     """A dictionary of SAELens: what it is, where it belongs, how it was trained."""
     config = sae.cfg.to_dict()
     metadata = config.pop("metadata", {}) or {}
-    known = metadata if isinstance(metadata, Mapping) else dict(vars(metadata))
+    known = metadata if isinstance(metadata, Mapping) else metadata.to_dict()
     site = known.get("site") or known.get("hook_name") or "no site that it names"
     said = (
         f"A dictionary of {sae.cfg.d_sae:,} features ({sae.cfg.architecture()}) over {sae.cfg.d_in} numbers of {site}."
@@ -229,13 +215,3 @@ def of_other(item: Any, title: str) -> Section:
             "dictionaries or runs"
         )
     return Section(name, figures=figures, tables=tables, text=() if rows and tables else (str(item),))
-
-
-def table_of(frame: pd.DataFrame, caption: str, rows: int = 200) -> Table:
-    """The first rows of a table; the caption says how many are left out."""
-    shown = frame.head(rows)
-    more = f"{caption} (the first {rows} of {len(frame):,} rows)" if len(frame) > rows else caption
-    cells = [
-        [value.item() if hasattr(value, "item") else value for value in row] for row in shown.itertuples(index=False)
-    ]
-    return Table([str(name) for name in frame.columns], cells, more)

@@ -123,7 +123,7 @@ def circuit_words(circuit: Circuit) -> list[str]:
     meta = circuit.meta
     method = {"iterative_pruning": "iterative pruning"}.get(str(meta.get("method")), meta.get("method") or "by hand")
     facts = circuit.facts
-    share = f" ({100 * circuit.n_edges / facts.n_edges:.2g} % of all)" if facts is not None else ""
+    share = f" ({100 * circuit.n_edges / facts.n_edges:.3g} % of all)" if facts is not None else ""
     first = f"A circuit of {meta.get('model', 'a model')}, found by {method}"
     first += f" on {meta['pairs']} pairs" if meta.get("pairs") else ""
     first += f": {circuit.n_edges:,} edges{share} between {circuit.n_nodes:,} heads and MLPs."
@@ -150,7 +150,7 @@ def evaluation_words(evaluation: Evaluation) -> list[str]:
     if len(good):
         row = good.iloc[0]
         text += (
-            f" {int(row[size]):,} {what} ({100 * row['fraction']:.2g} %) are the smallest size measured that keeps 0.8 of the "
+            f" {int(row[size]):,} {what} ({100 * row['fraction']:.3g} %) are the smallest size measured that keeps 0.8 of the "
             f"difference: faithfulness {number(float(row['faithfulness']))}."
         )
     else:

@@ -11,6 +11,7 @@ import pytest
 import interp
 from interp.cli import COMMANDS, main
 from tests.families import loaded, words
+from tests.plots.browser import Page
 
 
 def test_the_help_is_one_page(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +95,7 @@ def test_runs_lists_what_was_tracked(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(capsys.readouterr().out.strip().splitlines()) == 1
 
 
-def test_report_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], chromium: str) -> None:
     model, prompts = loaded("llama_gqa"), words(5, 5)
     pairs = interp.PromptPairs([prompts[0]], [prompts[1]], [7], [8])
     interp.patch(model, pairs, interp.heads("z")).save(tmp_path / "heads.nc")
@@ -102,5 +103,6 @@ def test_report_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     out = tmp_path / "page.html"
     assert main(["report", str(tmp_path / "heads.nc"), str(tmp_path / "circuit.json"), "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
-    page = out.read_text()
-    assert "heads" in page and "circuit" in page and "http://" not in page.split("<body")[0]
+    with Page(out) as page:
+        assert page.errors == [] and page.network == []
+        assert page.evaluate("[...document.querySelectorAll('h2')].map((h) => h.textContent)") == ["heads", "circuit"]

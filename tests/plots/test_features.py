@@ -46,7 +46,7 @@ def feature(number: int, fires: int, size: int, vocabulary: int, seed: int) -> F
 def drawn(seen: Dashboard, tokenizer: Any, title: str = "Features") -> FeaturePage:
     """The page of what was not computed."""
     model = cast(Model, SimpleNamespace(tokenizer=tokenizer))
-    return FeaturePage(None, title, "", page_of(title, "one\ntwo", contents(model, seen)))
+    return FeaturePage(None, title, "", page=page_of(title, "one\ntwo", contents(model, seen)))
 
 
 class Nasty:

@@ -88,8 +88,8 @@ def test_png_without_a_browser_says_how_to_get_one(tmp_path: Path, monkeypatch: 
 
 
 def test_save_refuses_other_suffixes_and_unwritable_places(tmp_path: Path) -> None:
-    with pytest.raises(PlotError, match=r"'page\.svg'.*\.html or \.png"):
-        picture().save(tmp_path / "page.svg")
+    with pytest.raises(PlotError, match=r"'page\.jpg'.*one of \.html, \.png, \.pdf, \.svg"):
+        picture().save(tmp_path / "page.jpg")
     (tmp_path / "file").write_text("")
     with pytest.raises(PlotError, match=r"cannot write .*page\.html"):
         picture().save(tmp_path / "file" / "page.html")
