@@ -10,6 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from .errors import SiteError
+from .markup import table
 from .sites import Site
 
 #: A name of a site: ours, TransformerLens's, a kind alone (every layer), or a kind and its layer.
@@ -86,6 +87,11 @@ class ForwardPass(NamedTuple):
         logits = "no logits" if self.logits is None else f"logits {list(self.logits.shape)}"
         return f"ForwardPass({logits}; {self.cache!r})"
 
+    def _repr_html_(self) -> str:
+        rows = [(name, shape_of(array)) for name, array in self.cache.items()]
+        logits = [] if self.logits is None else [("logits", " × ".join(map(str, self.logits.shape)))]
+        return table(["site", "shape"], [*logits, *rows])
+
 
 class TokenIds(tuple[int, ...]):
     """The token ids of one prompt, with the text of each as `labels`; they are taken wherever ids are."""
@@ -102,6 +108,10 @@ class TokenIds(tuple[int, ...]):
 
     def __repr__(self) -> str:
         return " ".join(f"{place}:{label!r}" for place, label in enumerate(self.labels))
+
+    def _repr_html_(self) -> str:
+        rows = [(place, label, token) for place, (label, token) in enumerate(zip(self.labels, self, strict=True))]
+        return table(["position", "token", "id"], rows)
 
 
 def site_named(name: Name, n_layers: int) -> Site:

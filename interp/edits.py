@@ -46,6 +46,14 @@ class Edit:
         if not self.site.facts.width and not self.site.facts.layered:
             raise PlanError("the logits are what the metric reads; patch 'resid_post' of the last layer instead")
 
+    def __repr__(self) -> str:
+        value = (
+            f", {list(self.value.shape)}"
+            if isinstance(self.value, Tensor)
+            else f", {self.value}" * (self.value is not None)
+        )
+        return f"Edit({self.site}, {self.op}{value})"
+
 
 @dataclass(frozen=True)
 class Edge:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .markup import table
 from .sites import KINDS
 
 #: What each law says, for reports and messages.
@@ -14,6 +15,10 @@ LAWS = {
     "backward": "autograd runs through the model",
     "head": "the final norm and the head give the logits, up to one factor and a softcap",
 }
+
+
+#: The columns of a report's table.
+COLUMNS = ("site or law", "check", "layers", "worst/allowed", "verdict")
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,9 @@ class AuditReport:
             out.setdefault(finding.kind, said)
         return out
 
-    def __str__(self) -> str:
-        lines = [
-            f"audit of {self.model} ({self.family})",
-            f"{'site or law':<15}{'check':<12}{'layers':>7}{'worst/allowed':>15}  ",
-        ]
+    def rows(self) -> list[tuple[str, str, int, float, str]]:
+        """A line of the table for each kind and check: both, its layers, the worst error beside what is allowed, the verdict."""
+        rows = []
         for kind in dict.fromkeys((*KINDS, *LAWS, *(finding.kind for finding in self.findings))):
             for what in ("read", "write", "self-patch", "padding", "law"):
                 own = [finding for finding in self.findings if (finding.kind, finding.what) == (kind, what)]
@@ -76,9 +79,26 @@ class AuditReport:
                 notes = sorted({finding.note for finding in own if finding.note})
                 verdict = "ok" if all(finding.ok for finding in own) else "FAILED"
                 layers = len({finding.layer for finding in own})
-                lines.append(
-                    f"{kind:<15}{what:<12}{layers:>7}{worst:>15.3f}  {verdict}{'  note: ' + '; '.join(notes) if notes else ''}"
-                )
-        count = len(self.findings)
-        lines.append(f"{count} checks, " + ("all passed" if self.ok else f"FAILED: {self.failed}"))
-        return "\n".join(lines)
+                rows.append((kind, what, layers, worst, verdict + (f"  note: {'; '.join(notes)}" if notes else "")))
+        return rows
+
+    @property
+    def verdict(self) -> str:
+        """The last line of the table."""
+        return f"{len(self.findings)} checks, " + ("all passed" if self.ok else f"FAILED: {self.failed}")
+
+    def __str__(self) -> str:
+        rows = [
+            f"{kind:<15}{what:<12}{layers:>7}{worst:>15.3f}  {said}" for kind, what, layers, worst, said in self.rows()
+        ]
+        head = [
+            f"audit of {self.model} ({self.family})",
+            f"{COLUMNS[0]:<15}{COLUMNS[1]:<12}{COLUMNS[2]:>7}{COLUMNS[3]:>15}  ",
+        ]
+        return "\n".join([*head, *rows, self.verdict])
+
+    def __repr__(self) -> str:
+        return f"AuditReport({self.model}, {self.family}: {self.verdict}); print it for the table"
+
+    def _repr_html_(self) -> str:
+        return table(COLUMNS, self.rows(), f"{self.model}, {self.family}: {self.verdict}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from .encoded import EncodedPairs
 from .errors import AnswerError, PairsError
+from .markup import table
 from .prompts import Sides, answer_set, integer, listed, one_prompt, prompts_of, sides
 from .tokens import Text, Tokenizer, Tokens
 
@@ -106,6 +107,19 @@ class PromptPairs:
     def __repr__(self) -> str:
         named = f", positions={list(self.positions)}" if self.positions else ""
         return f"PromptPairs({self.name or 'unnamed'}, {len(self)} pairs{named}, clean[0]={self.clean[0]!r})"
+
+    def _repr_html_(self) -> str:
+        parts = {
+            "clean": self.clean,
+            "corrupted": self.corrupted,
+            "answers": self.answers,
+            "distractors": self.distractors,
+        }
+        given = {name: part for name, part in parts.items() if part is not None}
+        rows = [[str(part[pair]) for part in given.values()] for pair in range(min(len(self), 10))]
+        return table(
+            list(given), rows, f"{self.name or 'prompt pairs'}: {len(self)}" + ", the first 10" * (len(self) > 10)
+        )
 
     def __getitem__(self, which: int | slice | Sequence[int] | Sequence[bool]) -> PromptPairs:
         """The chosen pairs, by number or by a mask; an index out of range, or a choice of none, is a PairsError."""

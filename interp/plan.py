@@ -49,6 +49,12 @@ class Sets:
         changed = [(name, tuple(Edit(edit.site, op, value) for edit in edits)) for name, edits in self.members]
         return Sets(tuple(changed))
 
+    def __repr__(self) -> str:
+        sets = "; ".join(
+            f"{name}: {', '.join(str(edit.site) for edit in edits[:6])}" for name, edits in self.members[:6]
+        )
+        return f"Plan({len(self.members)} sets: {sets}{'; …' * (len(self.members) > 6)})"
+
     def spec(self) -> dict[str, object]:
         """As `Plan.spec`."""
         members = {name: [f"{edit.op} {edit.site}" for edit in edits] for name, edits in self.members}

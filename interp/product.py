@@ -44,6 +44,11 @@ class Product:
         """The same cells with another operation in every edit: "set", "add", "scale" by a value, or "replace"."""
         return replace(self, op=op, value=value)
 
+    def __repr__(self) -> str:
+        said = self.spec()
+        parts = [f"{name} {said[name]}" for name in ("layers", "items", "positions", "edit") if said[name] is not None]
+        return f"Plan({', '.join(map(str, said['components']))} by {self.axis}{''.join(f'; {part}' for part in parts)})"  # type: ignore[call-overload]
+
     def spec(self) -> dict[str, object]:
         """As `Plan.spec`."""
         return {

@@ -47,6 +47,13 @@ class StoredActivations:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is not an index of activations: {error}") from error
 
+    def __repr__(self) -> str:
+        count = len(self.facts["shards"])
+        return (
+            f"StoredActivations({self.folder}: {len(self):,} tokens of {', '.join(self.names)}, {self.facts.get('model')}, "
+            f"{count} shard{'s' * (count != 1)})"
+        )
+
     def __len__(self) -> int:
         return sum(int(shard["tokens"]) for shard in self.facts["shards"])
 

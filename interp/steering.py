@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import textwrap
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from .errors import PlanError
 from .generated import Generation
 from .generation import generate
 from .journal import experiment
+from .markup import table
 from .models.layout import count_of, part_index
 from .models.model import Model
 from .sites import Site
@@ -43,12 +43,11 @@ class Steering:
             lines.append("")
         return "\n".join(lines).rstrip()
 
+    def __repr__(self) -> str:
+        return f"Steering({self.what}: {self.before.text[0]!r} became {self.after.text[0]!r})"
+
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td style='vertical-align:top'>{html.escape(left)}</td><td>{html.escape(right)}</td></tr>"
-            for left, right in zip(self.before.text, self.after.text, strict=True)
-        )
-        return f"<table><tr><th>without</th><th>with {html.escape(self.what)}</th></tr>{rows}</table>"
+        return table(["without", f"with {self.what}"], list(zip(self.before.text, self.after.text, strict=True)))
 
 
 @experiment

@@ -65,7 +65,7 @@ def test_files(ioi: Path, pruned: Path) -> None:
         return {path.name for path in folder.iterdir() if path.suffix != ".png"}
 
     assert written(ioi) == {
-        "circuit.html", "circuit.json", "curves.csv", "curves.html", "matrix.html", "sizes.csv", "summary.md",
+        "circuit.html", "circuit.json", "curves.csv", "curves.html", "index.html", "matrix.html", "sizes.csv", "summary.md",
     }  # fmt: skip
     names = {f"{name}.{suffix}" for name in ("zero", "mean", "resample") for suffix in ("json", "html")}
     assert written(pruned) == names | {"trajectory.html", "trajectory.csv", "summary.md"}

@@ -75,8 +75,7 @@ def test_summary_says_what_the_effects_say(results: Path) -> None:
     assert re.search(r"`resid_pre`.*: 11 ' \w+' \[S2\]: layers 0 to \d+; 15 ' to' \[end\]: layers \d+ to 29", text)
     patches = {name: int(interp.Effects.load(results / f"{name}.nc").values.notnull().sum()) for name in NAMES}
     for name, count in patches.items():
-        assert re.search(rf"^\| {name} \| [\d.]+ \| {count} \| \d+ \|$", text, re.MULTILINE)
-    assert f"| {sum(patches.values())} |" in text
+        assert re.search(rf"^\| {name} \| .* \| {count} \| \d+ \|$", text, re.MULTILINE)
     assert "4-bit" in text
     for path in results.iterdir():
         assert f"- {path.name}\n" in text
@@ -91,17 +90,20 @@ def test_pages_open_with_no_error_and_no_network(results: Path, chromium: str, n
         assert {"grid": "attn_out", "heads": "head", "fact": "iffel", "attention": "L23.H3"}[name] in words
 
 
-def test_index_links_every_page(results: Path) -> None:
-    text = (results / "index.html").read_text()
-    for name in PAGES:
-        assert f'href="{name}.html"' in text
-        assert (f'src="{name}.png"' in text) == (results / f"{name}.png").exists()
-    assert "http" not in text
+def test_the_index_is_a_report_of_all(results: Path, chromium: str) -> None:
+    """Its sentences say the numbers of the records; it opens with no error and asks the network for nothing."""
+    with Page(results / "index.html") as page:
+        assert page.errors == [] and page.network == []
+        words = page.evaluate("document.body.innerText")
+    for title in ("ioi: components by layer and position", "ioi: attention heads", "One fact", "strongest heads attend to"):
+        assert title in words
+    grid = interp.Effects.load(results / "grid.nc")
+    assert f"{float(grid.clean.mean()):.2f}" in words and "4-bit" in words
+    assert (results / "index.html").stat().st_size <= 5_000_000
 
 
 def test_a_task_of_several_lengths_gives_pairs_of_one(bundled: interp.Model) -> None:
-    module = recipe("activation_patching")
-    pairs = module.aligned_pairs(bundled, "facts", 6, 0)
+    pairs = interp.studies.aligned_pairs(bundled, "facts", 6, 0)
     assert len(pairs) == 6
     assert len({len(prompt) for prompt in bundled.encode(pairs).clean}) == 1
     several = bundled.encode(interp.tasks.facts(bundled.tokenizer, n=24))
@@ -116,6 +118,6 @@ def test_recipes_use_public_names_only(path: Path) -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "interp"
     }
-    assert used <= {*interp.__all__, "errors", "lens", "plots", "saes"}
+    assert used <= {*interp.__all__, "cli", "lens", "plots", "saes", "studies"}
     modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {module for module in modules if module.split(".")[0] == "interp"}

@@ -5,7 +5,6 @@ Imports networkx and numpy; nothing here runs a model.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ import networkx as nx
 import numpy as np
 
 from ..errors import CircuitError
+from ..markup import table
 from ..sites import Site
 from .files import LEVELS, Item, Items, Meta, Parts, Place, read_parts, write_json
 from .files import field as field_of
@@ -365,12 +365,8 @@ class Circuit:
         return f"Circuit({', '.join([*said, f'{self.n_nodes} heads and MLPs', f'{self.n_edges:,} edges'])})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{name if isinstance(name, str) else ' → '.join(name)}</td><td>{score:+.4g}</td></tr>"
-            for name, score in self.ranking()[:10]
-        )
-        head = f"<tr><th>{self.level}</th><th>score</th></tr>"
-        return f"<b>{html.escape(repr(self))}</b><table>{head}{rows}</table>"
+        rows = [(name if isinstance(name, str) else " → ".join(name), score) for name, score in self.ranking()[:10]]
+        return table([self.level, "score"], rows, repr(self))
 
 
 def _name(item: Site | Link) -> Item:

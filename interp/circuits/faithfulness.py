@@ -11,6 +11,7 @@ import pandas as pd
 
 from ..errors import CircuitError
 from ..journal import experiment
+from ..markup import table
 from ..metrics import Metric, logit_diff
 from ..models.model import Model
 from ..options import Options, RunOptions
@@ -54,6 +55,10 @@ class Evaluation:
             f"Evaluation(cpr={self.cpr:.3f}, cmd={self.cmd:.3f}, full={self.full:.3f}, empty={self.empty:.3f}, "
             f"ablation={self.ablation!r})\n{self.curve.to_string(index=False, float_format=lambda x: f'{x:.4f}')}"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [[x.item() if hasattr(x, "item") else x for x in row] for row in self.curve.itertuples(index=False)]
+        return table(list(self.curve.columns), rows, repr(self).split("\n")[0])
 
 
 def faithfulness_of(values: np.ndarray, full: np.ndarray, empty: np.ndarray) -> np.ndarray:

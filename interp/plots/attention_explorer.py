@@ -18,7 +18,7 @@ from bokeh.plotting import figure
 from bokeh.transform import transform
 
 from .labels import extent
-from .page import INK, MUTED, PAGE, label_cells, panel, tooltip
+from .page import INK, MUTED, PAGE, Plot, label_cells, panel, tooltip
 
 TILE, GAP, LINE = (
     92,
@@ -112,7 +112,7 @@ def explorer(
     overview, tiles, mark = _tiles(shown, labels, mapper, across, tile)
     title = labels[0] if first is None else f"layer {first} · {labels[0]}"
     large, detail = pattern_panel(shown[0], title, names, full, mapper, cell)
-    strip, words = _strip(shown[0], names, full, mapper)
+    strip, words, hover = _strip(shown[0], names, full, mapper)
     choices: list[str | tuple[Any, str]] = [*labels]
     head = Select(title="head", value=labels[0], options=choices, width=120, margin=0)
     start = first or 0
@@ -134,7 +134,6 @@ def explorer(
     ]
     for widget, what in [*chosen, *([(value, "active")] if value is not None else []), (lit, "data")]:
         widget.js_on_change(what, draw)
-    hover: Any = strip.select_one({"type": HoverTool})
     hover.callback = CustomJS(args={"lit": lit}, code=_LIGHT)
     overview.js_on_event(Tap, CustomJS(args={"tiles": tiles, "labels": labels, "head": head}, code=_PICK))
     pictures = row(overview, large, spacing=28) if beside else column(overview, large, spacing=10)
@@ -144,7 +143,7 @@ def explorer(
 
 def _strip(
     weights: np.ndarray, names: list[str], full: list[str], mapper: LinearColorMapper
-) -> tuple[figure, ColumnDataSource]:
+) -> tuple[figure, ColumnDataSource, HoverTool]:
     """The prompt as lines of tokens, each coloured by how much the last one reads it; [query, key] weights."""
     n, x, line = len(names), 0.0, 0
     left, lines, widths = [], [], [extent(name) + 12 for name in names]
@@ -168,8 +167,9 @@ def _strip(
     boxes = plot.rect("x", "y", "width", 0.86, source=words, fill_color=color, line_color="edge")
     plot.text("x", "y", text="word", source=words, text_color="ink", text_font_size="11px", text_align="center",
               text_baseline="middle")  # fmt: skip
-    plot.add_tools(HoverTool(renderers=[boxes], tooltips=tooltip("@reads", [("weight", "<b>@weight{0.000}</b>")])))
-    return plot, words
+    hover = HoverTool(renderers=[boxes], tooltips=tooltip("@reads", [("weight", "<b>@weight{0.000}</b>")]))
+    plot.add_tools(hover)
+    return plot, words, hover
 
 
 def _tiles(
@@ -179,13 +179,12 @@ def _tiles(
     x = [(h % across) * (1 + GAP / tile) for h in range(len(labels))]
     y = [-(h // across) * (1 + LINE / tile) for h in range(len(labels))]
     left, right, low, high = -0.06, max(x) + 1.06, min(y) - 0.06, 1 + 22 / tile
-    plot = panel((left, right), (low, high), int(tile * (right - left)), int(tile * (high - low)))
+    plot: Plot = panel((left, right), (low, high), int(tile * (right - left)), int(tile * (high - low)))
     # the empty toolbar stays: without one Bokeh clips a figure that stands beside another
     plot.update(outline_line_color=None, tools=[])
     plot.axis.visible = False
     tiles = ColumnDataSource({"image": list(weights.copy()), "x": x, "y": y})
-    drawn: dict[str, Any] = {"color_mapper": mapper, "origin": "top_left", "anchor": "bottom_left"}
-    plot.image("image", "x", "y", 1, 1, source=tiles, **drawn)
+    plot.image("image", "x", "y", 1, 1, source=tiles, color_mapper=mapper, origin="top_left", anchor="bottom_left")
     plot.rect([a + 0.5 for a in x], [b + 0.5 for b in y], 1, 1, fill_color=None, line_color="#d8d8d8")
     plot.text(x=x, y=[b + 1 + 4 / tile for b in y], text=labels, text_font_size="11px", text_color=MUTED)
     mark = ColumnDataSource({"x": [x[0] + 0.5], "y": [y[0] + 0.5]})

@@ -60,7 +60,8 @@ def svg(page: str, title: str, subtitle: str, drawn: bool) -> bytes:
             code = "new XMLSerializer().serializeToString(document.querySelector('main'))"
             styles = "[...document.querySelectorAll('style')].map((style) => style.textContent).join('\\n')"
             body = f"<style>{escape(browser.evaluate(styles))}</style>{browser.evaluate(code)}"
-            inside = f'<foreignObject width="{width}" height="{height}"><div xmlns="http://www.w3.org/1999/xhtml" style="font-family:{FONT}">{body}</div>'
+            box = f'<div xmlns="http://www.w3.org/1999/xhtml" style="font-family:{FONT}">{body}</div>'
+            inside = f'<foreignObject width="{width}" height="{height}">{box}'
             return framed(title, width, height, inside + "</foreignObject>")
         picture = browser.evaluate(_SVG)
         inner = browser.evaluate(

@@ -11,7 +11,7 @@ import xarray as xr
 
 from ..effects import Effects
 from ..errors import InterpError, PlotError
-from ..findings import AuditReport, Finding
+from ..findings import COLUMNS, AuditReport
 from ..plots import (
     Figure,
     plot_activation_patching_results,
@@ -142,25 +142,10 @@ def of_evaluation(evaluation: Evaluation, title: str) -> Section:
 
 def of_audit(report: AuditReport, title: str) -> Section:
     """What an audit found, the worst of each check."""
-    worst: dict[tuple[str, str], Finding] = {}
-    for finding in report.findings:
-        key = finding.kind, finding.what
-        if key not in worst or _share(finding) > _share(worst[key]):
-            worst[key] = finding
-    rows = [
-        [kind, what, f.layer, f.error, f.tolerance, "ok" if f.ok else "FAILED"] for (kind, what), f in worst.items()
-    ]
     said = f"{len(report.findings)} checks of {report.model} ({report.family}): "
     said += "all passed." if report.ok else "; ".join(f"{kind} FAILED: {why}" for kind, why in report.failed.items())
-    table = Table(
-        ["site or law", "check", "layer", "error", "allowed", "verdict"], rows, "The worst layer of each check"
-    )
+    table = Table(COLUMNS, report.rows(), "The worst layer of each check")
     return Section(title or f"Audit of {report.model}", [said], tables=(table,))
-
-
-def _share(finding: Finding) -> float:
-    """The error beside what is allowed; of a note, for which nothing is, the error."""
-    return finding.error / (finding.tolerance or 1.0)
 
 
 def of_array(given: xr.Dataset | xr.DataArray, title: str) -> Section:

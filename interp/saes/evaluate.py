@@ -16,6 +16,7 @@ from torch import Tensor
 from ..collect import request_of, run_window
 from ..errors import PairsError, PlanError
 from ..journal import experiment
+from ..markup import table
 from ..models.model import Model
 from ..sites import Site
 from ..windows import MASSIVE, Cut, bar_of, prompts_from, windows
@@ -58,6 +59,16 @@ class SAEReport:
         made: dict[str, float | str] = {"site": self.site, **{name: getattr(self, name) for name in names}}
         made |= {f"loss_{name}": value for name, value in self.loss.items()}
         return made | {f"recovered_{name}": value for name, value in self.recovered.items()}
+
+    def __repr__(self) -> str:
+        loss = ", ".join(f"{name} {value:.3f}" for name, value in self.recovered.items())
+        return (
+            f"SAEReport({self.site}, {self.tokens:,} tokens: L0 {self.l0:.1f}, explained variance {self.explained_variance:.3f}, "
+            f"dead {self.dead:.1%}; loss recovered {loss})"
+        )
+
+    def _repr_html_(self) -> str:
+        return table(["what", "value"], list(self.to_dict().items()))
 
     def __str__(self) -> str:
         return "\n".join(
