@@ -1,7 +1,7 @@
-"""Writes the README's table of families by auditing a model of each: `make families`.
+"""Writes the table of docs/families.md by auditing a model of each: `make families`.
 
 Tiny random models of every architecture that the tests know, with weights wide enough that no check is idle, and the
-bundled real models that are on this machine. Between the two markers of the README nothing is written by hand.
+bundled real models that are on this machine. Between the two markers of the page nothing is written by hand.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from interp.models.packages import BUNDLED
 from ..families import EAGER, SUPPORTED, UNSUPPORTED, loaded
 from ..oracle.configs import FAMILIES
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 START, END = "<!-- families: written by `make families` -->", "<!-- /families -->"
 FALCON_EAGER = "pattern needs attn_implementation='eager'"
 
@@ -141,10 +141,10 @@ def table() -> str:
 
 def main() -> None:
     """Replace what stands between the markers."""
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(START)
     after = rest.split(END)[1]
-    README.write_text(f"{before}{START}\n{table()}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{START}\n{table()}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
