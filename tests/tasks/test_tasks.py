@@ -215,7 +215,7 @@ POOR = ("The", "capital", "of", "is", "the", "city", "Paris", "Mary", "went", "t
     ("task", "said"),
     [
         ("ioi", r"only 1 of \d+ names are one token .* and 5 are needed: \['Mary'\]"),
-        ("facts", r"only 1 of \d+ cities are one token .* 2 different ones are needed"),
+        ("facts", r"only 1 of \d+ answers are one token .* 2 different ones of a relation are needed"),
         ("greater_than", r"two-digit or one-digit tokens, but this tokenizer makes \['The'.*<unk>"),
         ("pronouns", r"only 0 of \d+ men's names"),
         ("agreement", r"only 0 of \d+ nouns .* 2 are needed"),
@@ -234,7 +234,7 @@ def test_a_tokenizer_that_lacks_the_words_is_refused_with_the_number_it_has(task
         getattr(tasks, task)(tokenizer)
 
 
-@pytest.mark.parametrize("task", tasks.__all__)
+@pytest.mark.parametrize("task", sorted({task for task, _ in VARIANTS.values()}))
 def test_wrong_arguments_are_refused(task):
     call = getattr(tasks, task)
     with pytest.raises(TaskError, match=r"n=0 .* ask for n=1"):
