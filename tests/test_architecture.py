@@ -22,10 +22,11 @@ ROOT = Path(interp.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 #: Rooms from the first to the last: a module imports from rooms that stand before its own.
 ROOMS = (
-    "errors", "journal", "packages", "markup", "files", "seeds", "order", "sites", "findings", "generated", "cached", "edits", "views",
-    "metrics", "tokens", "prompts", "encoded", "pairs", "cells", "product", "plan", "options", "spans", "effects",
-    "models", "engine", "audit", "shards", "shuffled", "corpora", "windows", "generation", "running", "direct",
-    "methods", "saes", "steering", "circuits", "plots", "reports", "tracking", "tasks", "studies", "cli", "__main__",
+    "errors", "journal", "packages", "markup", "files", "seeds", "order", "sites", "findings", "generated", "cached",
+    "edits", "views", "metrics", "tokens", "prompts", "encoded", "pairs", "cells", "product", "plan", "options",
+    "spans", "effects", "models", "engine", "audit", "shards", "shuffled", "corpora", "windows", "generation",
+    "running", "direct", "methods", "saes", "steering", "circuits", "plots", "reports", "tracking", "tasks",
+    "studies", "cli", "__main__",
 )  # fmt: skip
 #: What `tests/tools/house_counts.py` counts, at most.
 COMPARISONS, LINES, ARGUMENTS, ANYS = 22, 60, 10, 335

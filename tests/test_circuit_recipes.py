@@ -55,7 +55,7 @@ def ioi(model: interp.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pruned(model: interp.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What prune_circuit wrote for every ablation."""
     out = tmp_path_factory.mktemp("recipes") / "prune"
-    arguments = ["--threshold", "0.12", "--ablation", "zero", "mean", "resample", "--out", str(out)]
+    arguments = ["--threshold", "0.24", "--ablation", "zero", "mean", "resample", "--out", str(out)]
     assert run("prune_circuit", model, arguments, pictures=False) == out
     return out
 
@@ -114,7 +114,7 @@ def test_pruned_circuits_are_those_of_calls_by_hand(model: interp.Model, pruned:
     clean = interp.run_circuit(model, pairs, interp.discover(model, pairs, "eap", progress=False), progress=False)
     for name in ("zero", "mean", "resample"):
         circuit = interp.Circuit.from_json(pruned / f"{name}.json")
-        found = interp.iterative_pruning(model, pairs=pairs, threshold=0.12, ablation_type=name, progress=False)
+        found = interp.iterative_pruning(model, pairs=pairs, threshold=0.24, ablation_type=name, progress=False)
         assert circuit.nodes() == found.nodes() and 0 < circuit.n_nodes < 15
         rows = tests[tests["ablation"] == name]
         assert rows["node"].tolist() == [test["node"] for test in found.trajectory]
