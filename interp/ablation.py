@@ -72,6 +72,11 @@ def ablate(
     Raises:
         PlanError: an unknown mode, a reference or direction that the mode has no use for, the mean of a `pattern`.
         PairsError: no reference prompt reaches some position, or none has a pair's length.
+
+    Examples:
+        >>> ablated = interp.ablate(model, pairs, interp.heads("z", layers=[23]), mode="mean")
+        >>> int((ablated.values - ablated.clean).mean("pair").argmin("head").item())  # L23.H3 is the one that matters
+        3
     """
     if mode not in MODES:
         raise PlanError(f"unknown ablation {mode!r}; the modes are: {', '.join(MODES)}")

@@ -59,7 +59,7 @@ def attribute(
             Exact values replace estimates; `provenance["verification"]` reports both and what attribution missed.
 
     Returns:
-        Effects on the scale of `patch`: base metric plus the estimated change.
+        Effects on the scale of `patch`, base metric plus the estimated change.
 
     Raises:
         PlanError: unknown method, a plan with constants or edges, or a site without a gradient.
@@ -70,6 +70,11 @@ def attribute(
     Warns:
         UserWarning: the metric's gradient vanishes at the base run, as KL's does at the clean run; the two prompts of some
             pairs are the same.
+
+    Examples:
+        >>> estimate = interp.attribute(model, pairs, interp.heads("z", layers=[20, 23]), method="ig", steps=3)
+        >>> estimate.mean(normalized=True).to_series().nlargest(2).index.tolist()
+        [('z', 23, 3), ('z', 20, 0)]
     """
     if method not in METHODS:
         raise PlanError(f"unknown attribution method {method!r}; the methods are: {', '.join(METHODS)}")

@@ -115,6 +115,10 @@ def collect_activations(
         SiteError: a layer or component that this model does not have. PlanError: options that exclude each other, a
             `pattern` (it has no row per token). PairsError: an empty text, a position that a text does not have.
         CheckpointError: the folder holds activations of another model, other texts or settings, or cannot be written.
+
+    Examples:
+        >>> interp.collect_activations(model, list(pairs.clean), layer=6, component="mlp_out").shape
+        torch.Size([30, 576])
     """
     refuse_unknown(form, CollectOptions.__annotations__)
     padded, index, stream = (bool(form.get(name)) for name in ("padded", "index", "stream"))

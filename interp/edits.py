@@ -32,6 +32,11 @@ class Edit:
 
     Raises:
         PlanError: unknown operation, or a value missing or given where none is used.
+
+    Examples:
+        >>> off = interp.Edit(interp.Site.parse("L0.mlp_out"), "scale", 0.0)
+        >>> model.logits("The Eiffel Tower is in the city of", edits=off).shape
+        torch.Size([1, 10, 49152])
     """
 
     site: Site

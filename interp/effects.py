@@ -44,6 +44,13 @@ class Effects:
 
     Raises:
         EffectsError: dims or pairs that do not fit together, an unknown direction, provenance not JSON.
+
+    Examples:
+        >>> effects = interp.patch(model, pairs, interp.heads("z", layers=[20, 23]))
+        >>> effects.mean(normalized=True).to_series().nlargest(2).index.tolist()
+        [('z', 23, 3), ('z', 20, 0)]
+        >>> interp.Effects.load(effects.save("heads.nc")).provenance["direction"]
+        'noising'
     """
 
     values: xr.DataArray

@@ -61,13 +61,18 @@ def logit_lens(
         positions: from each prompt's own first token, negative from its end; None is all.
 
     Returns:
-        Dataset with dims (prompt, layer, position, k): `token` (ids), `text`, `logit`, `probability`; without k:
+        Dataset with dims (prompt, layer, position, k) of `token` (ids), `text`, `logit`, `probability`; without k
         `next_rank` (0 is top) and `next_probability` of the token that follows in the prompt; `next_token` and the
         coordinate `label` by (prompt, position). Where a prompt has no such position, ids are -1 and numbers NaN;
         the last position has no next token.
 
     Raises:
         SiteError: a layer or position that does not exist. PlanError: top_k below 1.
+
+    Examples:
+        >>> lens = interp.logit_lens(model, ["The Eiffel Tower is in the city of"], layers=[0, 29], positions=-1)
+        >>> lens.text.sel(layer=29).isel(k=0).values.item()
+        ' Paris'
     """
     if top_k < 1:
         raise PlanError(f"top_k={top_k}; ask for 1 token or more")
@@ -169,6 +174,11 @@ def attention_patterns(
     Raises:
         SiteError: a layer that does not exist. SiteUnavailableError: attention that exposes no pattern. PlanError: no
             layer. PairsError: several prompts, or what is none.
+
+    Examples:
+        >>> seen = interp.lens.attention_patterns(model, pairs.clean[0], layers=[23])
+        >>> str(seen["token"].values[seen.sel(layer=23, head=3)[-1].argmax("key")])  # what the last token reads
+        ' Justin'
     """
     encoded = encode_prompts(model, [one_prompt("prompt", prompt)])
     wanted = range(model.n_layers) if layers is None else integers(layers, "layers")

@@ -31,6 +31,15 @@ class PromptPairs:
 
     Raises:
         PairsError: no pairs, different counts, an empty prompt, an entry of the wrong type.
+
+    Examples:
+        >>> pairs = interp.PromptPairs(
+        ...     ["The Eiffel Tower is in the city of"], ["The Colosseum is in the city of"], [" Paris"], [" Rome"],
+        ...     positions={"end": -1},
+        ... )
+        >>> effects = interp.patch(model, pairs, interp.grid("resid_post", layers=[29], positions=["end"]))
+        >>> effects.normalized.values.round(1).ravel()  # the logits are read from there
+        array([1.], dtype=float32)
     """
 
     clean: tuple[str | Tokens, ...]

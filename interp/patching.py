@@ -47,6 +47,13 @@ def patch(
     Raises:
         SiteError, SiteUnavailableError, AuditError, PairsError, AnswerError, PlanError, MetricError: before the model runs.
         CheckpointError: a checkpoint of something else, or one that cannot be written. BackendError: a server failed.
+
+    Examples:
+        >>> effects = interp.patch(model, pairs, interp.grid("resid_pre", layers=[0, 29], positions=[-1]))
+        >>> dict(effects.values.sizes)
+        {'component': 1, 'layer': 2, 'position': 1, 'pair': 2}
+        >>> f"{effects.mean(normalized=True).sel(layer=29).item():.1f}"
+        '0.9'
     """
     options = Options(schedule, max_tokens, progress, checkpoint)
     encoded = model.encode(pairs)
@@ -70,6 +77,17 @@ def comprehensive_activation_patching(
     Args:
         answer_tokens: [right, wrong], each one token (string or id); the metric is their logit difference by default.
         options: passed to `patch`.
+
+    Examples:
+        >>> effects = interp.comprehensive_activation_patching(
+        ...     model,
+        ...     "The Eiffel Tower is in the city of",
+        ...     "The Colosseum is in the city of",
+        ...     answer_tokens=[" Paris", " Rome"],
+        ...     components=["resid_pre"],
+        ... )
+        >>> dict(effects.values.sizes)
+        {'component': 1, 'layer': 30, 'position': 10, 'pair': 1}
     """
     pairs = PromptPairs.one({"clean_prompt": clean_prompt, "corrupted_prompt": corrupted_prompt}, answer_tokens)
     return patch(model, pairs, grid(components), metric, direction, **options)

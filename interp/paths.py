@@ -48,6 +48,11 @@ def path_patch(
 
     Raises:
         SiteError, PlanError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model.
+
+    Examples:
+        >>> paths = interp.path_patch(model, pairs, senders=["L20.H0", "L23.H3"], receivers=["L23.H3.q", "logits"])
+        >>> paths.mean(normalized=True).round(1).sel(receiver="logits").values
+        array([0. , 0.3], dtype=float32)
     """
     model.rests_on("path_patch", *EDGE_LAWS)
     how = Options.of(options)

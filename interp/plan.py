@@ -23,7 +23,13 @@ from .views import View
 
 
 class Plan(Protocol):
-    """What an experiment changes, in labelled cells. Made by `grid`, `heads`, `neurons`, `features` and `sets`."""
+    """What an experiment changes, in labelled cells. Made by `grid`, `heads`, `neurons`, `features` and `sets`.
+
+    Examples:
+        >>> plan = interp.grid(["resid_pre", "attn_out"], layers=[20, 23])  # one of those that make a plan
+        >>> plan.spec()["components"], plan.spec()["layers"]
+        (['resid_pre', 'attn_out'], [20, 23])
+    """
 
     def spec(self) -> dict[str, object]:
         """The plan as plain data, for provenance and checkpoints."""
@@ -146,9 +152,10 @@ def grid(components: Components, layers: Numbers | None = None, positions: Posit
         positions: ints (negative from the end), names of `PromptPairs(positions=…)`, or `{"name": [ints]}`, windows
             patched together in every pair. Ints and names together make all labels of the result strings.
 
-    Example:
-        >>> plan = interp.grid(["resid_pre", "mlp_out"], layers=[0, 1], positions=[-1])
-        >>> effects = interp.patch(model, pairs, plan)
+    Examples:
+        >>> plan = interp.grid(["resid_pre", "mlp_out"], layers=[20, 21], positions=[-1])
+        >>> dict(interp.patch(model, pairs, plan).values.sizes)
+        {'component': 2, 'layer': 2, 'position': 1, 'pair': 2}
     """
     places, named = named_positions(positions)
     kinds, at = named_components(components, layers, KINDS[:-1], "grid")
@@ -165,8 +172,9 @@ def heads(
 
     k, v and k_rot count key/value heads; cells of heads that a component lacks are NaN.
 
-    Example:
-        >>> interp.patch(model, pairs, interp.heads("pattern", layers=[5]))
+    Examples:
+        >>> dict(interp.patch(model, pairs, interp.heads("pattern", layers=[23])).values.sizes)
+        {'component': 1, 'layer': 1, 'head': 9, 'pair': 2}
     """
     places, named = named_positions(positions)
     kinds, at = named_components(components, layers, HEAD_KINDS, "heads")
@@ -184,8 +192,9 @@ def neurons(
 ) -> Product:
     """One cell for each MLP unit of one or more layers, at all positions together, or crossed with `positions`.
 
-    Example:
-        >>> interp.ablate(model, pairs, interp.neurons(layer=5, units=[10, 11]))
+    Examples:
+        >>> dict(interp.ablate(model, pairs, interp.neurons(layer=5, units=[10, 11])).values.sizes)
+        {'component': 1, 'layer': 1, 'unit': 2, 'pair': 2}
     """
     places, named = named_positions(positions)
     kinds, at = named_components(component, layer, UNIT_KINDS, "neurons")
@@ -202,8 +211,9 @@ def features(
         units: numbers of its parts; None = all.
         layers: where the view is one for every layer; None = all. A view of one layer is taken at that one.
 
-    Example:
-        >>> interp.attribute(model, pairs, interp.features(view, units=range(64), positions=[-1]))
+    Examples:
+        >>> dict(interp.attribute(model, pairs, interp.features(sae, units=range(3), positions=[-1])).values.sizes)
+        {'component': 1, 'layer': 1, 'unit': 3, 'position': 1, 'pair': 2}
     """
     if hasattr(view, "W_dec"):
         from .saes.views import view_of
@@ -223,8 +233,10 @@ def sets(members: Mapping[str, Sequence[Site | Edit | str]]) -> Sets:
 
     A member is a `Site`, its text, or an `Edit`. The dims of the result are (component, pair).
 
-    Example:
-        >>> interp.patch(model, pairs, interp.sets({"both": ["L9.H6.z", "L10.mlp@-1"]}))
+    Examples:
+        >>> both = interp.patch(model, pairs, interp.sets({"both": ["L20.H0.z", "L23.H3.z"]}))
+        >>> bool(both.mean(normalized=True) > 0.9)  # the two make most of the difference
+        True
     """
     if not members:
         raise PlanError("sets was given no set")

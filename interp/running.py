@@ -55,7 +55,7 @@ def run(
         SiteError: a site that this model does not have, or nothing asked for. AuditError: one that the audit refused.
         PairsError: a prompt that is none. PlanError: an edit that takes its value from another run.
 
-    Example:
+    Examples:
         >>> logits, cache = model.run("The Eiffel Tower is in", sites=["L5.resid_post", "blocks.9.attn.hook_z"])
         >>> cache["L9.z"].dims
         ('prompt', 'position', 'head', 'd_head')

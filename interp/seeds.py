@@ -11,7 +11,11 @@ _STATE: dict[str, int | None] = {"seed": None}
 
 
 def set_seed(seed: int) -> None:
-    """Seed python, numpy, torch and every CUDA device; later records carry the seed."""
+    """Seed python, numpy, torch and every CUDA device; later records carry the seed.
+
+    Examples:
+        >>> interp.set_seed(0)
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -110,9 +110,11 @@ class Site:
     Raises:
         SiteError: an unknown kind, or a layer, head or unit on a kind that has none.
 
-    Example:
-        >>> Site.parse("blocks.9.attn.hook_z").at(head=6)
+    Examples:
+        >>> interp.Site.parse("blocks.9.attn.hook_z").at(head=6)
         Site(kind='z', layer=9, head=6, position=None, unit=None, view=None)
+        >>> str(interp.Site("z", layer=9, head=6, position=-1))
+        'L9.H6.z@-1'
     """
 
     kind: str

@@ -66,6 +66,10 @@ def steering_vector(
 
     Raises:
         PlanError: a part of a site. SiteError: one that the model does not have. PairsError: no prompts.
+
+    Examples:
+        >>> interp.steering_vector(model, ["I love this", "Wonderful"], ["I hate this", "Terrible"], "L12.resid_post").shape
+        torch.Size([576])
     """
     at = model.require(Site.parse(site))
     if at != Site(at.kind, layer=at.layer, view=at.view):
@@ -109,6 +113,12 @@ def steer(
     Raises:
         PlanError: before anything runs: a vector of another width or with NaN, a site that no number can be added at, no site
             or no feature where one is needed, and what `model.generate` refuses.
+
+    Examples:
+        >>> vector = interp.steering_vector(model, ["I love this"], ["I hate this"], "L12.resid_post")
+        >>> steered = interp.steer(model, "I think that", vector, 3.0, site="L12.resid_post", steps=5)
+        >>> len(steered.before.tokens[0]), len(steered.after.tokens[0])
+        (5, 5)
     """
     if not isinstance(strength, Real) or not math.isfinite(strength):
         raise PlanError(f"strength={strength!r}: it is a finite number")

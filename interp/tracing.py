@@ -70,11 +70,19 @@ def causal_trace(
         options: of `patch` (schedule, checkpoint, progress, max_tokens).
 
     Returns:
-        Effects with dims (component, layer, position, pair) and direction "denoising": the base run is the noisy one.
+        Effects with dims (component, layer, position, pair) and direction "denoising", as the base run is the noisy one.
         `corrupted` is its metric, mean over samples; `clean` that of the run without noise.
 
     Raises:
         PairsError: the pairs name no such subject, or it is empty. PlanError: no samples, or a window below 1.
+
+    Examples:
+        >>> tower = interp.PromptPairs(
+        ...     ["The Eiffel Tower is in the city of"], answers=[" Paris"], positions={"subject": ["The Eiffel Tower"]}
+        ... )
+        >>> trace = interp.causal_trace(model, tower, samples=2, components="mlp_out", layers=[5, 15])
+        >>> dict(trace.values.sizes)
+        {'component': 1, 'layer': 2, 'position': 10, 'pair': 1}
     """
     how, seed = Options.of(options, "seed", "average"), options.get("seed", 0)
     if samples < 1 or window < 1 or noise < 0:

@@ -80,11 +80,13 @@ class View:
     Raises:
         PlanError: a name or tap that cannot be, functions or tensors that are missing or do not fit.
 
-    Example:
-        >>> basis = torch.linalg.qr(torch.randn(768, 768))[0]
-        >>> rotated = interp.View("rotated", at="resid_post", parts=768, decoder=basis,
+    Examples:
+        >>> import torch
+        >>> basis = torch.linalg.qr(torch.randn(576, 576))[0]
+        >>> rotated = interp.View("rotated", at="resid_post", parts=576, decoder=basis,
         ...                       read=lambda x, t: x @ t["decoder"].T, exact=True)
-        >>> interp.patch(model, pairs, interp.features(rotated, units=[0, 1]))
+        >>> interp.patch(model, pairs, interp.features(rotated, units=[0, 1], layers=[8])).values.dims
+        ('component', 'layer', 'unit', 'pair')
     """
 
     name: str

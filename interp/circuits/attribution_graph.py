@@ -59,6 +59,14 @@ def attribution_graph(
 
     Raises:
         PlanError: a transcoder that is none, or does not fit. PairsError: a prompt that is none. SiteError: a layer out of range.
+
+    Examples:
+        >>> sides = interp.collect_activations(model, list(pairs.clean), layer=29, component=["mlp_in", "mlp_out"])
+        >>> transcoder = interp.SparseAutoencoder(model, "L29.mlp_out", architecture="transcoder", d_sae=32, k=4)
+        >>> trained = interp.train_sae(transcoder, sides, n_epochs=20, batch_size=16)  # a toy
+        >>> graph = interp.attribution_graph(model, "The Eiffel Tower is in", {29: transcoder}, logits=2, max_features=8)
+        >>> interp.plot_circuit_graph(graph.prune()).save("graph.html").name
+        'graph.html'
     """
     chosen = checked(model, transcoders)
     encoded = encode_prompts(model, [one_prompt("prompt", prompt)])

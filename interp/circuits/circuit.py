@@ -51,6 +51,11 @@ class Circuit:
     provenance, trajectory, selection).
 
     A circuit also reads as the sorted list of its heads, [(layer, head), ...].
+
+    Examples:
+        >>> circuit = interp.Circuit.from_nodes({"L20.H0": 2.0, "L23.H3": 3.0, "L0.mlp": 1.0})
+        >>> circuit.top(n_nodes=2).heads
+        [(20, 0), (23, 3)]
     """
 
     graph: nx.DiGraph

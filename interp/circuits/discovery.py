@@ -92,6 +92,11 @@ def discover(
     Warns:
         UserWarning: the metric's gradient vanishes at the base run; "exact" or "acdc" will take long; the two prompts of
             some pairs are the same (where those of all are, that is a CircuitError).
+
+    Examples:
+        >>> circuit = interp.discover(model, pairs, method="eap-ig", level="node", steps=3)
+        >>> [name for name, score in circuit.ranking()[:3]]
+        ['embed', 'L0.mlp', 'L23.H3']
     """
     if method not in METHODS:
         raise CircuitError(f"unknown method {method!r}; the methods are: {', '.join(METHODS)}")

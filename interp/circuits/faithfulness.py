@@ -114,6 +114,12 @@ def evaluate_circuit(
 
     Raises:
         CircuitError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model.
+
+    Examples:
+        >>> circuit = interp.discover(model, pairs, method="eap", level="node")
+        >>> score = interp.evaluate_circuit(model, pairs, circuit, fractions=[0.5, 1.0])
+        >>> score.curve["faithfulness"].round(1).tolist()
+        [1.0, 1.0]
     """
     how = Options.of(options, *EvaluationOptions.__annotations__, error=CircuitError)
     if isinstance(circuit, FeatureCircuit):

@@ -73,6 +73,13 @@ def iterative_pruning(
 
     Raises:
         CircuitError, PairsError, MetricError: before the model runs.
+
+    Examples:
+        >>> pruned = interp.iterative_pruning(
+        ...     model, pairs=pairs, threshold=3.0, ablation_type="counterfactual", components="mlp"
+        ... )
+        >>> "L0.mlp" in pruned.nodes(), "L15.mlp" in pruned.nodes()
+        (True, False)
     """
     how, ahead = Options.of(options, "reference", "ahead", error=CircuitError), options.get("ahead", MOST_AHEAD)
     pairs = _pairs(pairs, prompt, answer_tokens)

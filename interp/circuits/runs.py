@@ -175,6 +175,10 @@ def run_circuit(
 
     Raises:
         CircuitError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model.
+
+    Examples:
+        >>> interp.run_circuit(model, pairs, ["L20.H0", "L23.H3"]).shape
+        (2,)
     """
     how, prompts = Options.of(options, "reference", "saes", "errors"), options.get("reference")
     if isinstance(circuit, FeatureCircuit):

@@ -67,6 +67,11 @@ def load_model(
 
     Warns:
         UserWarning: kinds of sites that failed the check, which are refused from then on; no tokenizer; random weights.
+
+    Examples:
+        >>> model = interp.load_model("smollm2-135m")  # or "gpt2", a folder, a HuggingFace module in memory
+        >>> model.n_layers, model.n_heads, model.d_model
+        (30, 9, 576)
     """
     from transformers import ProcessorMixin
 

@@ -34,6 +34,12 @@ class Model:
 
     `hf` is the unmodified HuggingFace module (on the meta device when the weights live elsewhere), `nn` the nnsight
     model around it, `taps` the plain dictionary of facts that travels with every trace.
+
+    Examples:
+        >>> model.tokens("The Eiffel Tower").labels
+        ('<|endoftext|>', 'The', ' E', 'iffel', ' Tower')
+        >>> model.generate("The Eiffel Tower is in the city of", steps=1).text
+        (' Paris',)
     """
 
     name: str

@@ -48,6 +48,11 @@ def plot_attention(
 
     Raises:
         PlotError: shapes that do not fit, heads out of range, weights outside 0–1, too many for a page.
+
+    Examples:
+        >>> seen = interp.lens.attention_patterns(model, pairs.clean[0], layers=[20, 23])
+        >>> interp.plot_attention(seen, heads=[(20, 0), (23, 3)]).save("attention.html").name
+        'attention.html'
     """
     named = getattr(pattern, "coords", {})
     if tokens is None and "token" not in named:

@@ -78,6 +78,10 @@ def plot_circuit_graph(
 
     Raises:
         PlotError: what is neither a circuit nor a list of heads, sizes or patterns that do not fit.
+
+    Examples:
+        >>> interp.plot_circuit_graph([(20, 0), (23, 3)], n_layers=30, n_heads=9).save("circuit.html").name
+        'circuit.html'
     """
     if isinstance(circuit_or_heads, HasDrawing):
         return plot_layered(circuit_or_heads.drawing(), title=title, max_edges=max_edges)

@@ -36,6 +36,12 @@ def plot_faithfulness(evaluations: Mapping[str, Evaluation], *, title: str | Non
 
     Raises:
         PlotError: nothing to draw, or an evaluation without a size above zero.
+
+    Examples:
+        >>> circuit = interp.discover(model, pairs, method="eap", level="node")
+        >>> score = interp.evaluate_circuit(model, pairs, circuit, fractions=[0.5, 1.0])
+        >>> interp.plot_faithfulness({"eap": score}).save("faithfulness.html").name
+        'faithfulness.html'
     """
     if not evaluations:
         raise PlotError("plot_faithfulness needs at least one evaluation, {name: evaluate_circuit(…)}")

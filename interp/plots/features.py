@@ -93,8 +93,9 @@ def plot_features(
         PlotError: a feature that the dictionary does not have, sizes below 1, more than fits a page. PlanError: a dictionary
             whose site is not known, no text, no feature that fires. SiteError: a site that the model does not have.
 
-    Example:
-        >>> interp.plot_features(model, sae, interp.corpus("moby-dick"), features=range(50)).save("features.html")
+    Examples:
+        >>> interp.plot_features(model, sae, list(pairs.clean), features=range(3)).save("features.html").name
+        'features.html'
     """
     for name, size in (("top", top), ("context", context)):
         if whole(name, size) < 1:

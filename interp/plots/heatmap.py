@@ -59,6 +59,11 @@ def plot_activation_patching_results(
     Raises:
         PlotError: an unknown component, another number of layers than the model's, more than two dimensions, or normalised
             values without a source run.
+
+    Examples:
+        >>> effects = interp.patch(model, pairs, interp.heads("z", layers=[20, 23]))
+        >>> interp.plot_activation_patching_results(effects).save("heads.html").name
+        'heads.html'
     """
     _check_layers(effects, n_layers)
     view = _view(effects, components, normalized)

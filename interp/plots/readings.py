@@ -33,6 +33,11 @@ def plot_logit_lens(lens: xr.Dataset, *, title: str | None = None) -> Figure:
 
     Raises:
         PlotError: no result of `logit_lens`.
+
+    Examples:
+        >>> lens = interp.logit_lens(model, ["The Eiffel Tower is in the city of"])
+        >>> interp.plot_logit_lens(lens).save("lens.html").name
+        'lens.html'
     """
     if not isinstance(lens, xr.Dataset) or not {"text", "probability", "next_token"} <= set(lens):
         raise PlotError(f"plot_logit_lens draws what interp.logit_lens gives, not a {type(lens).__name__}")
@@ -97,6 +102,10 @@ def plot_direct_effects(effects: Effects, *, title: str | None = None) -> Figure
 
     Raises:
         PlotError: effects of another method.
+
+    Examples:
+        >>> interp.plot_direct_effects(interp.direct_effects(model, pairs)).save("direct.html").name
+        'direct.html'
     """
     method = effects.provenance.get("method") if isinstance(effects, Effects) else type(effects).__name__
     if method != "direct_effects":

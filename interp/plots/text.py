@@ -72,9 +72,10 @@ def plot_tokens(
     Raises:
         PlotError: tokens and values that do not fit together, or no token.
 
-    Example:
-        >>> ids = model.tokens("The Eiffel Tower is in Paris")
-        >>> interp.plot_tokens(ids.labels, range(len(ids)))
+    Examples:
+        >>> labels = model.tokens("The Eiffel Tower is in Paris").labels
+        >>> interp.plot_tokens(labels, range(len(labels))).save("tokens.html").name
+        'tokens.html'
     """
     if isinstance(tokens, str | bytes | Mapping) or not len(tokens):
         raise PlotError(f"plot_tokens needs a list of tokens, not {tokens!r}; model.tokens(text).labels gives one")

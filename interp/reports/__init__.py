@@ -31,13 +31,15 @@ def report(items: Iterable[Item] | Item, path: str | os.PathLike[str], title: st
         title: the heading of the page.
 
     Returns:
-        The path. The page stands alone: it opens with no network, in light and dark, on a phone, and can be printed.
+        The path. The page stands alone, opens with no network, in light and dark, on a phone, and can be printed.
 
     Raises:
         PlotError: nothing to show, a thing that a report cannot show, or a place that cannot be written; before the page is.
 
-    Example:
-        >>> interp.report([effects, ("The circuit", circuit), "What I make of it."], "ioi.html", title="Indirect objects")
+    Examples:
+        >>> effects = interp.patch(model, pairs, interp.heads("z", layers=[20, 23]))
+        >>> interp.report([effects, "What I make of it."], "ioi.html", title="Indirect objects").name
+        'ioi.html'
     """
     where = path_of(path, PlotError)
     if where.suffix != ".html":

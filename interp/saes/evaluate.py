@@ -103,6 +103,11 @@ def evaluate_sae(
 
     Raises:
         PlanError, SiteError: a dictionary that does not fit the model, or whose site is not known. PairsError: no text.
+
+    Examples:
+        >>> report = interp.evaluate_sae(model, sae, list(pairs.clean), context=16)
+        >>> report.tokens
+        30
     """
     used = flat(inference(sae))
     source, target = ends(model, used, site)

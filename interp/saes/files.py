@@ -33,6 +33,10 @@ def save_sae(sae: Dictionary, folder: str | Path, metadata: Mapping[str, Any] | 
     Raises:
         PlanError: a dictionary that is in training, or metadata that is no plain data. CheckpointError: it cannot be written,
             or the folder holds something else.
+
+    Examples:
+        >>> sorted(file.name for file in interp.save_sae(sae, "sae").iterdir())
+        ['cfg.json', 'sae_weights.safetensors']
     """
     place = path_of(folder, CheckpointError, "folder")
     if place.exists() and any(place.iterdir() if place.is_dir() else [place]) and not (place / CONFIG).exists():
@@ -95,6 +99,11 @@ def load_sae(name: str | Path, model: Model | None = None) -> Dictionary:
 
     Warns:
         UserWarning: its activations were those of a model whose weights TransformerLens had changed.
+
+    Examples:
+        >>> folder = interp.save_sae(sae, "sae")
+        >>> str(interp.saes.site_of(interp.load_sae(folder, model)))
+        'L8.resid_post'
     """
     place = path_of(name, CheckpointError, "name")
     made = from_folder(place) if place.is_dir() else from_release(str(name))

@@ -68,9 +68,10 @@ def SparseAutoencoder(
         PlanError: an unknown architecture, sizes that cannot be, or options that do not go together. TypeError: an option
             that the architecture does not have.
 
-    Example:
-        >>> sae = interp.SparseAutoencoder(model, "L8.resid_post", k=32)
-        >>> interp.train_sae(sae, acts, tokens=400_000)
+    Examples:
+        >>> sae = interp.SparseAutoencoder(model, "L8.resid_post", d_sae=128, k=8)
+        >>> sae.cfg.d_in, sae.cfg.d_sae
+        (576, 128)
     """
     name = architecture or ("standard" if model is None or sparsity_coef is not None else "topk")
     if name not in ARCHITECTURES:

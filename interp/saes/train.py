@@ -141,6 +141,12 @@ def train_sae(
     Raises:
         PlanError: before work, data that does not fit; and a batch with NaN or infinity, or a loss that is none.
         CheckpointError: the folder holds another run.
+
+    Examples:
+        >>> sae = interp.SparseAutoencoder(model, "L8.resid_post", d_sae=128, k=8)
+        >>> trained = interp.train_sae(sae, acts, n_epochs=20, batch_size=16)
+        >>> bool((trained.history["l0"] <= 8).all())
+        True
     """
     saes = [checked(one) for one in (sae if isinstance(sae, list | tuple) else [sae])]
     tracker: Tracker | None = options.pop("tracker", None)

@@ -216,6 +216,13 @@ def runs(root: str | os.PathLike[str] = "artifacts/runs") -> Runs:
 
     Raises:
         TrackerError: `root` is a file.
+
+    Examples:
+        >>> with interp.track_experiment("example", config={"lr": 1e-3}, root="runs") as tracker:
+        ...     tracker.log({"loss": 0.5}, step=1)
+        >>> kept = interp.runs("runs")
+        >>> kept[kept["config.lr"] < 0.01][-1].metrics["loss"].tolist()
+        [0.5]
     """
     folder = path_of(root, TrackerError, "root").absolute()
     if folder.is_file():

@@ -37,7 +37,7 @@ def track_experiment(
     tags: Sequence[str] = (),
     notes: str = "",
 ) -> Tracker:
-    """Keep what is logged, and what experiments do, in a folder of its own: root/<time>-<name>.
+    """Keep what is logged, and what experiments do, in a folder of its own, `root/<time>-<name>`.
 
     Use it as a context manager, or call `finish()` at the end. From here on every experiment of `interp` in this thread, and in
     threads that track nothing else, is noted with its arguments, time and provenance. Keys, tokens and passwords are left out.
@@ -52,12 +52,10 @@ def track_experiment(
     Raises:
         TrackerError: a name or configuration that is none, or a folder that cannot be made.
 
-    Example:
-        >>> import tempfile
-        >>> folder = tempfile.mkdtemp()
-        >>> with interp.track_experiment("example", config={"lr": 1e-3}, root=folder) as tracker:
+    Examples:
+        >>> with interp.track_experiment("example", config={"lr": 1e-3}, root="runs") as tracker:
         ...     tracker.log({"loss": 0.5}, step=1)
-        >>> interp.runs(folder)[-1].status
+        >>> interp.runs("runs")[-1].status
         'finished'
     """
     if not isinstance(experiment_name, str) or not experiment_name.strip():
@@ -137,7 +135,7 @@ class Tracker:
         """Keep a picture: what `interp.plot_…` gives, a figure of bokeh, plotly, altair or matplotlib, or the path of a file.
 
         Returns:
-            Its file, as of the other methods here. A name may be given again: each is kept, and the last is what reading gives.
+            Its file, as of the other methods here. A name may be given again; each is kept, and the last is what reading gives.
 
         Raises:
             TrackerError: no picture, or the run is over.
