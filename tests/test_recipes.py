@@ -95,7 +95,12 @@ def test_the_index_is_a_report_of_all(results: Path, chromium: str) -> None:
     with Page(results / "index.html") as page:
         assert page.errors == [] and page.network == []
         words = page.evaluate("document.body.innerText")
-    for title in ("ioi: components by layer and position", "ioi: attention heads", "One fact", "strongest heads attend to"):
+    for title in (
+        "ioi: components by layer and position",
+        "ioi: attention heads",
+        "One fact",
+        "strongest heads attend to",
+    ):
         assert title in words
     grid = interp.Effects.load(results / "grid.nc")
     assert f"{float(grid.clean.mean()):.2f}" in words and "4-bit" in words
