@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ..errors import PlotError
 from ..files import path_of, write_atomically
-from ..journal import experiment
 from .page import page_of
 from .parts import Section
 from .sections import section_of
@@ -19,7 +18,6 @@ __all__ = ["Section", "report", "section_of"]
 Item = object
 
 
-@experiment
 def report(items: Iterable[Item] | Item, path: str | os.PathLike[str], title: str = "Report") -> Path:
     """Write one page of results: contents, sentences made from the records, pictures, sortable tables, provenance, code.
 

@@ -36,6 +36,7 @@ class Live:
         self._asked: dict[str, object] = {"folder": str(folder), "options": given, "process": os.getpid()}
         self._asked |= {"patience": PATIENCE, "linger": LINGER}
         self._process = self._started()
+        self._copying: subprocess.Popen[str] | None = None
         if self._process is not None:
             threading.Thread(target=self._hear, name="interp-wandb", daemon=True).start()
 
@@ -99,7 +100,7 @@ class Live:
 
         What wandb itself has on disk is not enough: it writes in blocks, and the last is lost with its process.
         """
-        process = self._started(heard=False)
+        process = self._copying = self._started(heard=False)
         if process is not None and process.stdin is not None:
             with contextlib.suppress(OSError):
                 process.stdin.write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,13 @@ class Seen(Page):
         return int(self.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
 
 
-def assert_pleasant(path: Path) -> None:
-    """No error, request or violation, in light and dark, at 1280 and 400 px and on paper; nothing scrolls sideways."""
-    for width, scheme in ((1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")):
+#: How a page is met: width in px, and scheme. The first two are looked at in every run of the tests.
+WAYS = ((1280, "light"), (400, "dark"), (1280, "dark"), (400, "light"))
+
+
+def assert_pleasant(path: Path, ways: Sequence[tuple[int, str]] = WAYS) -> None:
+    """No error, request or violation, at this width and in this scheme, and on paper; nothing scrolls sideways."""
+    for width, scheme in ways:
         with Seen(path, width, scheme) as page:
             assert page.errors == [] and page.network == [], (width, scheme)
             assert page.violations() == [], (width, scheme)

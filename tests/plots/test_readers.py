@@ -27,7 +27,7 @@ from interp.plots import (
 )
 from tests.plots.browser import Page
 from tests.plots.examples import grid
-from tests.plots.look import Seen, assert_pleasant
+from tests.plots.look import WAYS, Seen, assert_pleasant
 
 
 def attention() -> Figure:
@@ -84,9 +84,14 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "ways", [WAYS[:2], pytest.param(WAYS[2:], marks=pytest.mark.slow)], ids=["two ways", "the others"]
+)
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_picture_is_pleasant_to_every_reader(name: str, tmp_path: Path, chromium: str) -> None:
-    assert_pleasant(FIGURES[name]().save(tmp_path / "page.html"))
+def test_every_picture_is_pleasant_to_every_reader(
+    name: str, ways: tuple[tuple[int, str], ...], tmp_path: Path, chromium: str
+) -> None:
+    assert_pleasant(FIGURES[name]().save(tmp_path / "page.html"), ways)
 
 
 def test_what_axe_would_find_is_found(tmp_path: Path, chromium: str) -> None:
