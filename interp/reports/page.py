@@ -30,7 +30,10 @@ CSS = """
   .copy { font: inherit; font-size: 12px; color: var(--link); background: var(--panel); border: 1px solid var(--rule);
     border-radius: 4px; padding: 2px 10px; cursor: pointer; }
   @media (max-width: 640px) { h1 { font-size: 20px; } }
-  @media print { h2 { break-after: avoid; } pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--rule); }
+  @media print { main { font-size: 19px; } table, details { font-size: 16.5px; } h1 { font-size: 32px; }
+    h2 { font-size: 25px; break-after: avoid; } section p, nav { max-width: none; }
+    pre { white-space: pre-wrap; overflow-wrap: anywhere;
+    border: 1px solid var(--rule); font-size: 15px; }
     th button::after { content: ""; } tr { break-inside: avoid; } .scroll { overflow: visible; } }
 """
 

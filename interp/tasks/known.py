@@ -10,9 +10,7 @@ from ..metrics import Batch, Metric, rank
 from ..tokens import Tokenizer
 from .build import next_token
 
-if (
-    TYPE_CHECKING
-):  # tasks are imported with interp, which is to cost nothing; what runs models is imported when it is used
+if TYPE_CHECKING:  # what runs models is imported when it is used
     from torch import Tensor
 
     from ..models.model import Model
