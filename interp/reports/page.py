@@ -103,6 +103,10 @@ def parts_of(name: str, section: Section) -> list[str | Figure]:
         + "</div>"
         for each in section.tables
     ]
+    if section.html:
+        rest.append(
+            f'<div class="scroll" role="group" tabindex="0" aria-label="{escape(section.title, quote=True)}">{section.html}</div>'
+        )
     rest += [f"<pre>{escape(text)}</pre>" for text in section.text]
     if section.provenance:
         rest.append(

@@ -31,6 +31,7 @@ class Section:
     tables: Sequence[Table] = ()
     provenance: Mapping[str, object] = field(default_factory=dict)
     code: str = ""
+    html: str = ""  # what a notebook shows of a thing of ours
     text: Sequence[str] = ()  # kept as it is written, in a block of its own
 
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..sites import KINDS
+
 #: Metrics that have a public name.
 METRICS = ("kl", "log_prob", "logit_diff", "prob", "rank")
 #: A record: plain data, as JSON holds it.
@@ -61,8 +63,13 @@ def plan_text(plan: Record) -> str:
     if places is not None:
         places = {name: named[name] for name in places} if named else places
     wanted["positions"] = places
+    views = [name for name in components if name not in KINDS]
+    if views:  # a view is tensors and functions, which no record holds
+        maker, first = ("features" if axis == "unit" else "grid"), "view"
+        wanted = {"units": plan["items"], "positions": places} if axis == "unit" else {"positions": places}
     words = [first, *(f"{name}={value!r}" for name, value in wanted.items() if value is not None)]
-    edit = f"  # with {plan['edit']!r} by a value of yours: .with_edit(...)" if plan.get("edit") else ""
+    edit = f"  # view: {', '.join(views)}, which you gave" if views else ""
+    edit += f"  # with {plan['edit']!r} by a value of yours: .with_edit(...)" if plan.get("edit") else ""
     return f"interp.{maker}({', '.join(filter(None, words))}){edit}"
 
 

@@ -194,6 +194,9 @@ def of_other(item: Any, title: str) -> Section:
             figures = [plot_circuit_graph(item)]
         except InterpError:
             figures = []
+    shown = getattr(item, "_repr_html_", None)
+    if not figures and callable(shown) and type(item).__module__.startswith("interp."):
+        return Section(name, html=shown())
     if not known and not figures:
         raise PlotError(
             f"a report cannot show a {type(item).__name__}: give effects, circuits, evaluations, figures, tables, text, "

@@ -121,10 +121,11 @@ def _named(array: object, dim: str, place: int) -> str:
 def circuit_words(circuit: Circuit) -> list[str]:
     """How a circuit was found, how large it is, what is strongest in it."""
     meta = circuit.meta
-    method = {"iterative_pruning": "iterative pruning"}.get(str(meta.get("method")), meta.get("method") or "by hand")
+    method = {"iterative_pruning": "iterative pruning"}.get(str(meta.get("method")), str(meta.get("method") or ""))
     facts = circuit.facts
     share = f" ({100 * circuit.n_edges / facts.n_edges:.3g} % of all)" if facts is not None else ""
-    first = f"A circuit of {meta.get('model', 'a model')}, found by {method}"
+    how = f"found by {method}" if method else "written by hand"
+    first = f"A circuit of {meta.get('model', 'a model')}, {how}"
     first += f" on {meta['pairs']} pairs" if meta.get("pairs") else ""
     first += f": {circuit.n_edges:,} edges{share} between {circuit.n_nodes:,} heads and MLPs."
     ranking = circuit.ranking()[:3]

@@ -219,6 +219,16 @@ def test_what_a_report_cannot_be_made_of(tmp_path: Path, model: Model, pairs: Pr
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
+def test_views_circuits_by_hand_and_what_notebooks_show(model: Model, pairs: PromptPairs, tmp_path: Path) -> None:
+    sae = random_dictionary("TopK", model.d_model)
+    code = section_of(interp.patch(model, pairs, interp.features(sae, units=[1, 2]))).code
+    assert "plan = interp.features(view, units=[1, 2])  # view: sae1, which you gave" in code
+    assert "written by hand" in section_of(interp.Circuit.from_edges({("embed", "logits"): None})).words[0]
+    tokens = model.tokens(words(5)[0])
+    page = interp.report([pairs, tokens, model.run(words(5)[0], "L1.z")], tmp_path / "a.html").read_text()
+    assert tokens.labels[0] in page and "distractors" in page and "1 × 5 ×" in page
+
+
 def test_one_thing_and_a_page_without_a_drawing(tmp_path: Path, chromium: str) -> None:
     path = interp.report("Only words.", tmp_path / "words.html", title="Short")
     assert path.stat().st_size < 30_000 and not re.search("bokeh", path.read_text().split("<script>")[0])
