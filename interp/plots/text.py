@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 import numpy as np
+import xarray as xr
 
 from ..errors import PlotError
 from .given import numbers
@@ -51,8 +52,8 @@ SCRIPT = (
 
 
 def plot_tokens(
-    tokens: Sequence[str] | Sequence[Sequence[str]],
-    values: object,
+    tokens: Sequence[str] | Sequence[Sequence[str]] | xr.DataArray,
+    values: object = None,
     *,
     names: Sequence[str] | None = None,
     title: str | None = None,
@@ -63,7 +64,8 @@ def plot_tokens(
     breaks that a token ends in are shown.
 
     Args:
-        tokens: the tokens of one text, or of several; `model.tokens(text).labels`.
+        tokens: the tokens of one text, or of several; what `model.tokens` gives. Or values that know their tokens, from a cache:
+            `model.run(text, "L3.neuron[5]").cache["L3.neuron[5]"]`; several units are series.
         values: a number for each token, `[token]`, or several, `[token, series]`, of which one is chosen on the page; of several
             texts a list with one such for each. NaN has no colour.
         names: of the series.
@@ -77,14 +79,14 @@ def plot_tokens(
         >>> interp.plot_tokens(labels, range(len(labels))).save("tokens.html").name
         'tokens.html'
     """
+    if isinstance(tokens, xr.DataArray) and values is None:
+        tokens, values = labelled(tokens)
+    tokens = getattr(tokens, "labels", tokens)
     if isinstance(tokens, str | bytes | Mapping) or not len(tokens):
-        raise PlotError(f"plot_tokens needs a list of tokens, not {tokens!r}; model.tokens(text).labels gives one")
+        raise PlotError(f"plot_tokens needs a list of tokens, not {tokens!r}; model.tokens(text) gives one")
     several = not isinstance(tokens[0], str)
-    texts: list[list[str]] = [[str(token) for token in text] for text in (tokens if several else [tokens])]  # type: ignore[list-item]
-    given = [
-        numbers("values", part)
-        for part in (list(values) if several else [values])  # type: ignore[call-overload]
-    ]
+    texts = [_words(text) for text in (tokens if several else [tokens])]
+    given = [numbers("values", part) for part in _parts(values, several)]
     if len(given) != len(texts):
         raise PlotError(f"plot_tokens was given {len(texts)} texts, but values of {len(given)}")
     tables = [part[:, None] if part.ndim == 1 else part for part in given]
@@ -106,6 +108,49 @@ def plot_tokens(
     if len(series) > 1:
         body += f'<script type="application/json" class="token-values">{_held(every, series, most)}</script>'
     return Figure(None, title or "Tokens", "", f"<div>{body}</div>", SCRIPT if len(series) > 1 else "")
+
+
+def labelled(values: xr.DataArray) -> tuple[list[list[str]], list[np.ndarray]]:
+    """The tokens and values of an array of a cache, by prompt, without what is behind a prompt's end.
+
+    Raises:
+        PlotError: an array without the coordinate `token` by position, or with more dims than a series.
+    """
+    if "token" not in values.coords or "position" not in values.dims or values["token"].dims[-1] != "position":
+        raise PlotError(f"these values, dims {values.dims}, do not know their tokens: give plot_tokens(tokens, values)")
+    array = values if "prompt" in values.dims else values.expand_dims("prompt")
+    rest = [str(dim) for dim in array.dims if dim not in ("prompt", "position")]
+    if len(rest) > 1:
+        raise PlotError(
+            f"these values have dims {values.dims}: choose of {rest} until one is left, which are the series"
+        )
+    array = array.transpose("prompt", "position", *rest)
+    words = np.atleast_2d(values["token"].values)
+    texts, tables = [], []
+    for row, table in zip(words, array.values, strict=True):
+        kept = [place for place, word in enumerate(row) if word != ""]
+        texts.append([str(row[place]) for place in kept])
+        tables.append(table[kept])
+    return texts, tables
+
+
+def _words(text: object) -> list[str]:
+    """The tokens of one text. PlotError: it is no list of words."""
+    words = getattr(text, "labels", text)
+    if isinstance(words, int | float) or not isinstance(words, Iterable):
+        raise PlotError(f"plot_tokens needs the tokens of a text, not {text!r}; model.tokens(text) gives them")
+    return [str(word) for word in words]
+
+
+def _parts(values: object, several: bool) -> list[object]:
+    """The values of each text. PlotError: they are not one for each."""
+    if not several:
+        return [values]
+    if not isinstance(values, Iterable):
+        raise PlotError(
+            f"plot_tokens was given several texts, but as values {values!r}: give a list with one entry for each"
+        )
+    return list(values)
 
 
 def _line(text: list[str], table: np.ndarray, most: np.ndarray) -> str:

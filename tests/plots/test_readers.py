@@ -177,6 +177,25 @@ def test_tokens_and_values_that_do_not_fit(given: list[str], values: object, sai
         plot_tokens(given, values)
 
 
+def test_values_that_know_their_tokens() -> None:
+    from tests.families import loaded, words
+
+    model = loaded("gpt2")
+    prompts = words(6, 4)
+    cache = model.run(prompts, ["L1.neuron[5]", "L1.neuron", "L1.z"]).cache
+    page = plot_tokens(cache["L1.neuron[5]"]).body
+    ids = [model.tokens(prompt) for prompt in prompts]
+    assert page == plot_tokens(ids, [cache["L1.neuron[5]"].values[n, : len(one)] for n, one in enumerate(ids)]).body
+    assert page.count("<span style") == 10 and page.count('class="tokens"') == 2
+    assert plot_tokens(cache["L1.neuron"].isel(prompt=0)[:, :3]).body.count("<option") == 3
+    with pytest.raises(PlotError, match=r"choose of \['head', 'd_head'\]"):
+        plot_tokens(cache["L1.z"])
+    with pytest.raises(PlotError, match="do not know their tokens"):
+        plot_tokens(xr.DataArray([1.0, 2.0], dims="position"))
+    with pytest.raises(PlotError, match="the tokens of a text, not 5"):
+        plot_tokens([5, 6], [1, 2])  # type: ignore[list-item]
+
+
 def test_other_results_are_not_drawn_as_lens_or_direct_effects() -> None:
     with pytest.raises(PlotError, match=r"interp\.logit_lens gives"):
         interp.plot_logit_lens(grid())  # type: ignore[arg-type]
