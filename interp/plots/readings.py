@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from bokeh.layouts import column
+from bokeh.layouts import column, row
 from bokeh.models import BasicTicker, ColumnDataSource, HoverTool, LinearColorMapper
 from bokeh.models.annotations import Span
 from bokeh.models.ui.ui_element import UIElement
@@ -18,7 +18,8 @@ from .page import INK, MUTED, RULE, Figure, Plot, color_scale, label_cells, pane
 
 #: Columns of a source.
 Rows = dict[str, list[object]]
-#: px of a cell of the lens.
+#: px of a cell of the lens. Every part stands in a row of its own: Bokeh would align the frames of plots in one column, and so
+#: cut the bar of colours.
 WIDE, HIGH = 84, 20
 #: Prompts of a lens on one page.
 PROMPTS = 4
@@ -51,7 +52,9 @@ def plot_logit_lens(lens: xr.Dataset, *, title: str | None = None) -> Figure:
     text = "layers up, positions across; each cell is what the stream behind that layer says comes next"
     text += f"\nthe first {PROMPTS} of {count} prompts" if count > PROMPTS else ""
     model = lens.attrs.get("model", "")
-    return Figure(column(scale, *panels, spacing=14), title or f"Logit lens{' · ' + model if model else ''}", text)
+    return Figure(
+        column(scale, *map(row, panels), spacing=14), title or f"Logit lens{' · ' + model if model else ''}", text
+    )
 
 
 def _lens_panel(lens: xr.Dataset, mapper: LinearColorMapper, number: int | None) -> Plot:
@@ -130,7 +133,9 @@ def plot_direct_effects(effects: Effects, *, title: str | None = None) -> Figure
     total = float(effects.clean.mean())
     text = f"mean over {effects.values.sizes['pair']} pairs; all parts together are {total:.2f}, the clean run's logit difference"
     model = effects.provenance.get("model", "")
-    return Figure(column(*parts, spacing=14), title or f"Direct effects{' · ' + str(model) if model else ''}", text)
+    return Figure(
+        column(*map(row, parts), spacing=14), title or f"Direct effects{' · ' + str(model) if model else ''}", text
+    )
 
 
 def _bars(parts: dict[str, xr.DataArray], layers: list[int]) -> Plot:

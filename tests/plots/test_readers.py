@@ -203,12 +203,28 @@ def test_other_results_are_not_drawn_as_lens_or_direct_effects() -> None:
         interp.plot_direct_effects(grid())
 
 
+@pytest.mark.parametrize("name", ["lens", "direct", "heatmap", "attention"])
+def test_the_bar_of_colours_is_whole(name: str, tmp_path: Path, chromium: str) -> None:
+    """Its ticks stand at even distances, the last one too."""
+    with Page(FIGURES[name]().save(tmp_path / "page.html")) as page:
+        title = {"direct": "that a cell adds", "heatmap": "normalised", "lens": "probability"}.get(
+            name, "attention weight"
+        )
+        (bar,) = [words for words in page.drawn() if any(title in word["text"] for word in words)]
+    ticks = [word for word in bar if re.fullmatch(r"[−-]?[\d.]+", word["text"])]
+    values = [float(word["text"].replace("−", "-")) for word in ticks]
+    places = [sum(corner[0] for corner in word["corners"]) / 4 for word in ticks]
+    assert len(values) >= 3 and np.corrcoef(values, places)[0, 1] > 0.9999
+    scale = np.diff(places) / np.diff(values)
+    np.testing.assert_allclose(scale, scale[0], rtol=0.08)
+
+
 def test_direct_effects_are_drawn_as_they_are() -> None:
     from tests.families import loaded, words
 
     effects = interp.direct_effects(loaded("llama_gqa"), interp.PromptPairs(words(6, 5), None, [7, 8], [9, 10]))
     figure = interp.plot_direct_effects(effects)
-    (bars,) = [part for part in figure.layout.children if hasattr(part, "renderers")]  # type: ignore[union-attr]
+    ((bars,),) = [part.children for part in figure.layout.children]  # type: ignore[union-attr]
     data = bars.renderers[0].data_source.data
     assert sum(data["value"]) == pytest.approx(float(effects.clean.mean()), abs=1e-4)
     by_name = dict(zip(data["name"], data["value"], strict=True))
@@ -222,7 +238,7 @@ def test_a_lens_is_drawn_as_it_is() -> None:
 
     found = interp.logit_lens(loaded("gpt2"), words(6, 4), layers=[0, 2])
     figure = interp.plot_logit_lens(found)
-    _, first, second = figure.layout.children  # type: ignore[union-attr]
+    _, (first,), (second,) = [getattr(part, "children", part) for part in figure.layout.children]  # type: ignore[union-attr]
     for number, (plot, length) in enumerate(((first, 6), (second, 4))):
         data = plot.renderers[0].data_source.data
         assert len(data["p"]) == 2 * length  # what is behind a prompt's end is not drawn
