@@ -268,11 +268,11 @@ def test_killed_without_warning_every_line_is_there_and_the_run_is_unfinished(tm
         "        print(i, flush=True)\n",
     )
     assert process.stdout is not None
-    for _ in range(500):
-        process.stdout.readline()
+    printed = "".join(process.stdout.readline() for _ in range(500))
     assert interp.runs(tmp_path)["status"].tolist() == ["running"]
     process.send_signal(signal.SIGKILL)
-    logged = int(process.stdout.read().split()[-2])  # the last that was printed whole
+    printed += process.stdout.read()
+    logged = int(printed[: printed.rfind("\n")].split()[-1])  # the last that was printed whole
     process.wait()
     table = interp.runs(tmp_path)
     assert table["status"].tolist() == ["unfinished"] and table["metrics.i"][0] >= logged
