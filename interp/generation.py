@@ -13,7 +13,7 @@ from .edits import Edit
 from .encoded import EncodedPairs
 from .engine.context import Context, Runs, context_of
 from .engine.program import Program
-from .engine.reading import Reading, encode_prompts, entry, packed, read_program, run_readings
+from .engine.reading import Reading, encode_prompts, entry, grouped, read_program, run_readings
 from .engine.schedule import rows_are_apart, token_budget
 from .engine.trace import Found, generated
 from .errors import PlanError, SiteError
@@ -85,7 +85,7 @@ def generate(
             found[number] = {key: None if value is None else value[row] for key, value in result.items()}
 
     lengths = [len(one) + steps for one in encoded.clean]
-    groups = packed(lengths, max_tokens or token_budget(model)) if apart else [[one] for one in range(len(lengths))]
+    groups = grouped(model, lengths, max_tokens or token_budget(model))
     pieces = [Reading.of(group, lambda chosen: asked.program(chosen, spec)) for group in groups]
     run_readings(model, pieces, put, generated, None, ("tokens", False))
     return made_of(model, encoded, [found[number] for number in range(len(encoded))], spec["end"])

@@ -183,9 +183,8 @@ def attention_patterns(
     encoded = encode_prompts(model, [one_prompt("prompt", prompt)])
     wanted = range(model.n_layers) if layers is None else integers(layers, "layers")
     kinds = ("pattern", "v") if values else ("pattern",)
-    chosen = [model.require(Site(kind, layer=layer)).layer or 0 for kind in reversed(kinds) for layer in wanted][
-        -len(wanted) :
-    ]
+    for kind in kinds:
+        chosen = [model.require(Site(kind, layer=layer)).layer or 0 for layer in wanted]
     if not chosen:
         raise PlanError("attention_patterns was given no layer")
     reads = [(layer, kind) for layer in sorted(set(chosen)) for kind in kinds]

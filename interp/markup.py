@@ -25,7 +25,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str
     body, numeric = [], [True] * len(columns)
     for row in rows:
         cells = []
-        for place, value in enumerate(row):
+        for place, given in enumerate(row):
+            value = given.item() if hasattr(given, "item") else given  # numpy's numbers
             number = isinstance(value, int | float) and not isinstance(value, bool)
             numeric[place] &= number or value is None
             key = f' data-value="{value!r}"' if number else ""

@@ -14,8 +14,8 @@ from .cached import Cache, ForwardPass, Name, site_named
 from .edits import Edit
 from .encoded import EncodedPairs
 from .engine.program import Place, Program
-from .engine.reading import Reading, last_layer, packed, read_program, run_readings
-from .engine.schedule import rows_are_apart, token_budget
+from .engine.reading import Reading, grouped, last_layer, read_program, run_readings
+from .engine.schedule import token_budget
 from .engine.trace import Found
 from .errors import SiteError
 from .generation import Asked, check_edits, encode_given
@@ -75,8 +75,6 @@ def run(
     budget = max_tokens or token_budget(model)
     if logits:
         budget = max(1, min(budget, LOGITS // model.vocab_size))
-    apart = rows_are_apart(model)
-    groups = packed(lengths, budget) if apart else [[one] for one in range(len(lengths))]
     make = partial(program_of, asked, list(reads.values()), views, logits)
     said: dict[int, Tensor] = {}
     found: dict[int, dict[Place, Tensor]] = {}
@@ -90,7 +88,7 @@ def run(
                 place: own_part(place, result["reads"][at][row], lengths[number]) for place, at in reads.items()
             }
 
-    run_readings(model, [Reading.of(group, make) for group in groups], put)
+    run_readings(model, [Reading.of(group, make) for group in grouped(model, lengths, budget)], put)
     rows = [found[number] for number in range(len(lengths))]
     arrays = {key: array_of(sites, rows, encoded) for key, sites in wanted.items()}
     made = padded([said[number] for number in range(len(lengths))]) if logits else None

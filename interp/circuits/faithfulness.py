@@ -57,8 +57,7 @@ class Evaluation:
         )
 
     def _repr_html_(self) -> str:
-        rows = [[x.item() if hasattr(x, "item") else x for x in row] for row in self.curve.itertuples(index=False)]
-        return table(list(self.curve.columns), rows, repr(self).split("\n")[0])
+        return table(list(self.curve.columns), self.curve.itertuples(index=False), repr(self).split("\n")[0])
 
 
 def faithfulness_of(values: np.ndarray, full: np.ndarray, empty: np.ndarray) -> np.ndarray:

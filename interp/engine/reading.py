@@ -22,7 +22,7 @@ from ..views import Seen
 from .compile import inputs_of
 from .door import Work, do
 from .program import Place, Program
-from .schedule import token_budget
+from .schedule import rows_are_apart, token_budget
 from .trace import Found, Function, execute
 
 
@@ -160,6 +160,11 @@ def last_layer(sites: Iterable[Place], views: Mapping[str, Seen]) -> int:
     """The last layer that must run for these sites; what stands behind a block is read as the next one begins."""
     taps = [(layer, views[kind].tap if kind in views else kind) for layer, kind in sites]
     return max(max(0, layer) + max(0, KIND[kind].stage) for layer, kind in taps)
+
+
+def grouped(model: Model, lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Prompts as `packed` puts them together; each alone where a row's numbers depend on the rows beside it."""
+    return packed(lengths, budget) if rows_are_apart(model) else [[number] for number in range(len(lengths))]
 
 
 def packed(lengths: Sequence[int], budget: int) -> list[list[int]]:

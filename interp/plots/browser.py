@@ -113,9 +113,14 @@ class Browser:
         self.call("Page.navigate", url=Path(path).absolute().as_uri())
         self.wait("document.documentElement?.dataset.ready === 'yes'")
 
+    def sides(self) -> tuple[int, int]:
+        """Width and height of the page, px, as it says."""
+        width, height = self.evaluate("['width', 'height'].map((side) => +document.documentElement.dataset[side])")
+        return int(width), int(height)
+
     def png(self) -> bytes:
         """The whole page, however far it reaches beyond the window."""
-        width, height = self.evaluate("['width', 'height'].map((side) => +document.documentElement.dataset[side])")
+        width, height = self.sides()
         shrink = min(1.0, _SIDE / (self.scale * max(width, height)))
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": shrink}
         return self.screenshot(clip=clip, captureBeyondViewport=True)

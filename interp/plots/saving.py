@@ -38,7 +38,7 @@ def png(page: str, scale: float) -> bytes:
 def pdf(page: str) -> bytes:
     """The page on one sheet of its own size, in vectors but for canvases."""
     with opened(page, 2.0) as browser:
-        width, height = sides(browser)
+        width, height = browser.sides()
         inches = {"paperWidth": width / 96, "paperHeight": (height + 1) / 96}
         margins = dict.fromkeys(("marginTop", "marginBottom", "marginLeft", "marginRight"), 0)
         browser.call("Emulation.setEmulatedMedia", media="screen")
@@ -46,17 +46,11 @@ def pdf(page: str) -> bytes:
         return base64.b64decode(said["data"])
 
 
-def sides(browser: Browser) -> tuple[int, int]:
-    """Width and height of the page, px."""
-    width, height = browser.evaluate("['width', 'height'].map((side) => +document.documentElement.dataset[side])")
-    return int(width), int(height)
-
-
 def svg(page: str, title: str, subtitle: str, drawn: bool) -> bytes:
     """Vectors of what Bokeh drew under title and subtitle; of coloured text (not `drawn`) the page itself inside an SVG."""
     with opened(page) as browser:
         if not drawn:
-            width, height = sides(browser)
+            width, height = browser.sides()
             code = "new XMLSerializer().serializeToString(document.querySelector('main'))"
             styles = "[...document.querySelectorAll('style')].map((style) => style.textContent).join('\\n')"
             body = f"<style>{escape(browser.evaluate(styles))}</style>{browser.evaluate(code)}"

@@ -36,7 +36,7 @@ _TEMPLATE = """
 <script>{{ script }}</script>
 {% endblock %}
 {% block contents %}
-<main data-bokeh="yes">
+<main{{ alone | safe }} data-bokeh="yes">
 {% for before, label, root in pieces %}{{ before | safe }}
 <div class="picture" role="group" tabindex="0" aria-label="{{ label | e }}">
 {{ embed(roots[root]) }}
@@ -56,7 +56,7 @@ _PLAIN = """<!DOCTYPE html>
 <script>{script}</script>
 </head>
 <body>
-<main>
+<main{alone}>
 {body}
 </main>
 </body>
@@ -90,10 +90,9 @@ def standalone(title: str, parts: Sequence[str | Picture], css: str = "", script
             layouts.append(own)
             pieces.append(("".join(text), f"picture: {part.title}", len(layouts) - 1))
             text = []
+    alone = ' class="alone"' if bare else ""
     styles, code = CSS + css, "\n".join(filter(None, scripts))
     if not layouts:
-        page = _PLAIN.format(title=escape(title), css=styles, script=code, body="".join(text))
-        return page.replace("<main>", '<main class="alone">') if bare else page
-    words = {"css": styles, "script": code, "pieces": pieces, "after": "".join(text)}
-    page = file_html(layouts, Resources(mode="inline"), title, template=_TEMPLATE, template_variables=words)
-    return page.replace("<main data-bokeh", '<main class="alone" data-bokeh') if bare else page
+        return _PLAIN.format(title=escape(title), css=styles, script=code, body="".join(text), alone=alone)
+    words = {"css": styles, "script": code, "pieces": pieces, "after": "".join(text), "alone": alone}
+    return file_html(layouts, Resources(mode="inline"), title, template=_TEMPLATE, template_variables=words)

@@ -39,7 +39,4 @@ def table_of(frame: pd.DataFrame, caption: str, rows: int = 200) -> Table:
     """The first rows of a table; the caption says how many are left out."""
     shown = frame.head(rows)
     more = f"{caption} (the first {rows} of {len(frame):,} rows)" if len(frame) > rows else caption
-    cells = [
-        [value.item() if hasattr(value, "item") else value for value in row] for row in shown.itertuples(index=False)
-    ]
-    return Table([str(name) for name in frame.columns], cells, more)
+    return Table([str(name) for name in frame.columns], list(shown.itertuples(index=False)), more)

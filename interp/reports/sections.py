@@ -18,10 +18,11 @@ from ..plots import (
     plot_attention,
     plot_circuit_graph,
     plot_faithfulness,
+    plot_logit_lens,
 )
 from . import reproduce
 from .parts import Section, Table, table_of
-from .words import circuit_words, effects_words, evaluation_words, listed
+from .words import circuit_words, effects_words, evaluation_words, label, listed
 
 if TYPE_CHECKING:
     from ..circuits import Circuit, Evaluation
@@ -64,7 +65,8 @@ def of_effects(effects: Effects, title: str) -> Section:
     """Effects of patching and its kin."""
     record = effects.provenance
     figures: list[Figure] = []
-    words = effects_words(effects)
+    spread = effects.interval()
+    words = effects_words(effects, spread)
     try:
         figures = [plot_activation_patching_results(effects)]
     except InterpError as error:
@@ -72,12 +74,11 @@ def of_effects(effects: Effects, title: str) -> Section:
     method = str(record.get("method", "effects")).replace("_", " ").replace(":", ", ")
     names = (record.get("plan") or {}).get("components") or []
     heading = title or f"{method[:1].upper()}{method[1:]}" + (f": {listed(names, 3)}" if names else "")
-    return Section(heading, words, figures, (strongest(effects),), record, reproduce.of_effects(record))
+    return Section(heading, words, figures, (strongest(effects, spread),), record, reproduce.of_effects(record))
 
 
-def strongest(effects: Effects) -> Table:
+def strongest(effects: Effects, spread: xr.Dataset) -> Table:
     """The cells that changed most, mean over pairs, with 95 % intervals over pairs."""
-    spread = effects.interval()
     change = spread["mean"] - float(effects.base.mean())
     moved = effects.normalized.mean("pair") if effects.source is not None else None
     cells = [*np.ndindex(change.shape)]
@@ -86,7 +87,7 @@ def strongest(effects: Effects) -> Table:
     names = [str(dim) for dim in change.dims]
     rows = []
     for at in kept:
-        labels = [_label(change, dim, place) for dim, place in zip(names, at, strict=True)]
+        labels = [_number(label(change, dim, place)) for dim, place in zip(names, at, strict=True)]
         numbers = [float(spread[part].values[at]) for part in ("mean", "low", "high")]
         more = [] if moved is None else [float(moved.values[at])]
         rows.append([*labels, float(change.values[at]), *more, *numbers])
@@ -97,9 +98,8 @@ def strongest(effects: Effects) -> Table:
     )
 
 
-def _label(array: xr.DataArray, dim: str, place: int) -> object:
-    """The label of a place along a dim, as a number where it is one."""
-    value = array[dim].values[place].item() if dim in array.coords else place
+def _number(value: object) -> object:
+    """A label as a number where it is one, for sorting."""
     return int(value) if isinstance(value, str) and value.removeprefix("-").isdecimal() else value
 
 
@@ -155,8 +155,6 @@ def of_array(given: xr.Dataset | xr.DataArray, title: str) -> Section:
         words = [f"What each of {given.sizes['head']} heads attends to" + (f" in {model}." if model else ".")]
         return Section(title or "Attention", words, (plot_attention(given),))
     if isinstance(given, xr.Dataset) and {"token", "probability"} <= set(given):
-        from ..plots import plot_logit_lens
-
         words = [f"What each layer's stream of {given.attrs.get('model', 'the model')} says comes next."]
         return Section(title or "Logit lens", words, (plot_logit_lens(given),))
     name = str(getattr(given, "name", None) or "value")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xarray as xr
 
 from ..effects import Effects
 
@@ -81,28 +82,26 @@ def what_was_done(effects: Effects) -> str:
     )
 
 
-def effects_words(effects: Effects) -> list[str]:
-    """What was done; the runs that nothing was done to; the strongest cell."""
+def effects_words(effects: Effects, spread: xr.Dataset) -> list[str]:
+    """What was done; the runs that nothing was done to; the strongest cell. `spread` is `effects.interval()`."""
     record = effects.provenance
     metric = record.get("metric", "metric")
     runs = f"{metric} is {number(float(effects.clean.mean()))} in the clean run"
     if effects.corrupted is not None:
         runs += f" and {number(float(effects.corrupted.mean()))} in the corrupted one"
-    return [what_was_done(effects), f"{runs} (means over pairs). {found(effects)}"]
+    return [what_was_done(effects), f"{runs} (means over pairs). {found(effects, spread)}"]
 
 
-def found(effects: Effects) -> str:
+def found(effects: Effects, spread: xr.Dataset) -> str:
     """The cell that changed the metric most, with its interval."""
     direct = effects.provenance.get("method") == "direct_effects"
     base = 0.0 if direct else float(effects.base.mean())
-    mean = effects.mean()
-    change = mean - base
+    change = spread["mean"] - base
     if not np.isfinite(change.values).any():
         return "No cell has a number."
     at = np.unravel_index(int(np.nanargmax(np.abs(change.values))), change.shape)
-    spread = effects.interval()
     low, high = (float(spread[part].values[at]) - base for part in ("low", "high"))
-    place = ", ".join(_named(change, str(dim), int(index)) for dim, index in zip(change.dims, at, strict=True))
+    place = ", ".join(named(change, str(dim), int(index)) for dim, index in zip(change.dims, at, strict=True))
     between = f" (95 % interval over pairs {number(low)} to {number(high)})" if np.isfinite(low) else ""
     verb = "The largest part is" if direct else "The strongest cell is"
     text = f"{verb} {place}: {'' if direct else 'it changes the metric by '}{number(float(change.values[at]))}{between}"
@@ -111,10 +110,14 @@ def found(effects: Effects) -> str:
     return text + "."
 
 
-def _named(array: object, dim: str, place: int) -> str:
+def label(array: xr.DataArray, dim: str, place: int) -> object:
+    """What stands at a place along a dim."""
+    return array[dim].values[place].item() if dim in array.coords else place
+
+
+def named(array: xr.DataArray, dim: str, place: int) -> str:
     """A place along a dim, in words."""
-    coords = array[dim].values if dim in array.coords else None  # type: ignore[index,attr-defined]
-    value = place if coords is None else coords[place].item()
+    value = label(array, dim, place)
     return str(value) if dim == "component" else f"{dim} {value}"
 
 

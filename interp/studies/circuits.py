@@ -79,10 +79,11 @@ def circuit_study(
         f"there {fresh.completeness:.2f}",
     ]
     folder.show("Faithfulness by size", figure)
-    folder.show("The same as numbers", curves(found))
+    numbers = curves(found)
+    folder.show("The same as numbers", numbers)
     folder.show(f"The circuit that reaches {target:g}", circuit)
     folder.show(f"That circuit on {len(others)} other pairs", fresh)
-    folder.lines.extend([*lines, "", *strongest(circuit, fresh), "", *faithfulness_table(found)])
+    folder.lines.extend([*lines, "", *strongest(circuit, fresh), "", *faithfulness_table(found, numbers)])
     return folder.finish(["\n".join(line for line in lines if line)])
 
 
@@ -174,9 +175,8 @@ def curves(found: Found) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def faithfulness_table(found: Found) -> list[str]:
-    """The curves in lines of the summary."""
-    table = curves(found)
+def faithfulness_table(found: Found, table: pd.DataFrame) -> list[str]:
+    """What `curves` gave in lines of the summary."""
     lines = [
         "## Faithfulness by size",
         "",

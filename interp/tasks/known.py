@@ -92,8 +92,8 @@ def scored(
     """A metric at the last token of each prompt, in as few forward passes as hold them."""
     from ..engine.compile import token_sets
     from ..engine.program import Program
-    from ..engine.reading import Reading, encode_prompts, packed, read_program, run_readings
-    from ..engine.schedule import rows_are_apart, token_budget
+    from ..engine.reading import Reading, encode_prompts, grouped, read_program, run_readings
+    from ..engine.schedule import token_budget
     from ..engine.trace import scores
 
     encoded = encode_prompts(model, prompts)
@@ -110,7 +110,6 @@ def scored(
         for number, value in zip(piece.asked, result.tolist(), strict=True):
             values[number] = value
 
-    apart = rows_are_apart(model)
-    groups = packed(lengths, token_budget(model)) if apart else [[number] for number in range(len(lengths))]
+    groups = grouped(model, lengths, token_budget(model))
     run_readings(model, [Reading.of(group, program) for group in groups], put, scores, metric)
     return values

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -17,6 +16,7 @@ import pandas as pd
 from ..effects import Effects
 from ..errors import TrackerError
 from ..files import path_of
+from ..markup import definitions
 from .folder import STATUS, read_status
 from .keep import read_circuit, read_table
 from .values import ODD, model_of, read_lines
@@ -157,8 +157,7 @@ class Run:
         return f"Run({self.name!r}; {'; '.join(f'{k}: {v}' for k, v in self._facts().items() if v)})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self._facts().items() if v)
-        return f"<table><caption>{escape(self.name)}</caption>{rows}</table>"
+        return definitions({name: said for name, said in self._facts().items() if said}, self.name)
 
 
 class Runs(pd.DataFrame):
