@@ -74,3 +74,7 @@ class PackageError(InterpError, ImportError):
 
 class TrackerError(InterpError, RuntimeError):
     """An experiment tracker that cannot be used as asked."""
+
+
+class JobError(InterpError, RuntimeError):
+    """A job that cannot be submitted, found, read or finished."""

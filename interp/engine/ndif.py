@@ -2,61 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
 
 import nnsight
-from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
-from nnsight.tracing.backend import Backend as Transport
 
 from ..errors import BackendError
 from ..models.layout import Envoy
-from .remote import Shipped, failure, serialise
+from .errand import Errand, Sealed, Traffic
+from .remote import Shipped, failure
 from .trace import Function
+from .wire import Wire
 
 if TYPE_CHECKING:
     from ..models.model import Model
 
-
-class Watch:
-    """Stands where nnsight prints a job's status: notes the last one, and ends a wait that takes too long."""
-
-    enabled = True  # nnsight then wakes up between messages, and calls `refresh`
-
-    def __init__(self, timeout: float) -> None:
-        self.timeout, self.deadline, self.status = timeout, time.monotonic() + timeout, "SENT"
-
-    def update(self, response: Envoy) -> None:
-        """A message of the server."""
-        self.status = response.status.value
-
-    def refresh(self) -> None:
-        """No message for a moment. Raises BackendError past the deadline."""
-        if time.monotonic() > self.deadline:
-            raise BackendError(
-                f"no result within {self.timeout:.0f} s, the job was last {self.status}: the server may be "
-                "full, or was restarted and lost it; run again, or set model.backend.timeout to more seconds"
-            )
-
-
-class Wire(RemoteBackend):
-    """nnsight's connection to a server, with its bytes counted."""
-
-    def __init__(self, backend: Ndif, model: Model) -> None:
-        env = model.nn._remoteable_get_env()
-        super().__init__(model_key(model.nn), host=backend.host, env=env)
-        self.compress = True
-        self.backend = backend
-        self.display = Watch(backend.timeout)
-
-    def _serialize(self, tracer: Envoy) -> bytes:
-        blob = serialise(tracer)
-        self.backend.sent += len(blob)
-        return blob
-
-    def finalize(self, content: bytes) -> Any:
-        self.backend.received += len(content)
-        return super().finalize(content)
+#: Requests that are on their way at once.
+IN_FLIGHT = 4
+_COUNTING = threading.Lock()
 
 
 def model_key(nn: Envoy) -> str:
@@ -81,17 +46,39 @@ class Ndif(Shipped):
     weights_here = False
 
     def __init__(self, host: str | None = None, timeout: float = 3600.0) -> None:
-        super().__init__(timeout)
+        super().__init__(timeout, IN_FLIGHT)
         self.host = host
+        self._wire: Wire | None = None
 
-    def transport(self, model: Model) -> Transport:
-        return Wire(self, model)
+    @property
+    def where(self) -> str:
+        """The address that requests go to."""
+        return str(self.host or nnsight.CONFIG.API.HOST)
 
-    def explain(self, error: Exception, function: Function) -> BackendError:
-        where = self.host or nnsight.CONFIG.API.HOST
-        if isinstance(error, RemoteError):
-            return failure(str(error), function, f"the server at {where}")
-        return BackendError(
-            f"no connection to the NDIF server at {where} ({type(error).__name__}: {error}); is it running, "
-            "is the address right, and, for the public one, is NDIF_API_KEY set?"
-        )
+    def address(self, model: Model) -> tuple[str, Mapping[str, object]]:
+        return model_key(model.nn), model.nn._remoteable_get_env()
+
+    def wire(self) -> Wire:
+        """The connection, made where there is none. Raises BackendError: a key is needed, and missing."""
+        if self._wire is None or self._wire.host != self.where.rstrip("/"):
+            self._wire = Wire(self.host)
+        self._wire.largest = self.largest
+        return self._wire
+
+    def fetch(self, model: Model, request: Sealed, traffic: Traffic, function: Function) -> dict[str, Envoy]:
+        explain = partial(self.explain, model, function)
+        errand = Errand(self.wire(), traffic, request, self.ledger, explain, self.timeout)
+        answer = errand.run()
+        with _COUNTING:
+            self.received += errand.received
+        return answer
+
+    def explain(self, model: Model, function: Function, said: str) -> BackendError:
+        """The error of a request that failed, from what the server says of it."""
+        where = f"the server at {self.where}"
+        if said.startswith("Could not deploy this model"):
+            return BackendError(
+                f"{where} cannot run {model.name}: {said.strip()} Give the hub id of a model that it has or can load: "
+                f"interp.remote_status({self.where!r}) lists those that it runs"
+            )
+        return failure(said, function, where)

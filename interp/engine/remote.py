@@ -6,23 +6,37 @@ nnsight's own format: the serialised block of one session.
 
 from __future__ import annotations
 
+import copy
+import math
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import nnsight
 import torch
 from nnsight.tracing.backend import Backend as Transport
 
-from ..errors import BackendError, InterpError
+from ..errors import BackendError
 from ..metrics import Metric
-from ..models.layout import Envoy
+from ..models.layout import Envoy, Taps
 from ..views import Seen
+from .answers import LARGEST, read_answer
+from .errand import Sealed, Traffic
+from .identity import metric_digest, text_digest, value_digest
+from .ledger import Key, Ledger
 from .trace import Done, Function
 
 if TYPE_CHECKING:
     from ..models.model import Model
     from .program import Program
+
+T = TypeVar("T")
+#: What a function of `interp.engine.trace` is called with, behind the model: taps, programs, metric.
+Args: TypeAlias = "tuple[Taps, list[Program], Metric | None]"
 
 #: Tokens that one request may hold, a forward pass counting as LEAST at least: servers end long requests, and
 #: progress is reported by request.
@@ -105,48 +119,95 @@ def requests(programs: Sequence[Program], limit: int) -> list[list[int]]:
     return [group for group in made if group]
 
 
+class Envelope(Transport):
+    """Stands where a session would be run: what it would run becomes bytes."""
+
+    blob = b""
+
+    def __call__(self, tracer: Envoy) -> None:
+        self.blob = serialise(tracer)
+
+
+#: nnsight captures one session at a time, whichever threads have any.
+_SEALING = threading.RLock()
+
+
 class Shipped:
     """What both have in common.
 
     `sent` and `received` are the bytes of all `requests` of the last run or call; `timeout` the seconds that
-    one may take, `limit` the tokens that one may hold.
+    one may take, `limit` the tokens that one may hold, `in_flight` how many are on their way at once, `largest` the bytes
+    that an answer may have. A job gives a copy of this a `ledger`, and a `traffic` that it can stop.
     """
 
     weights_here = True
 
-    def __init__(self, timeout: float) -> None:
-        self.timeout, self.limit = timeout, REQUEST
+    def __init__(self, timeout: float, in_flight: int = 1) -> None:
+        self.timeout, self.limit, self.in_flight, self.largest = timeout, REQUEST, in_flight, LARGEST
         self.sent = self.received = self.requests = 0
+        self.ledger: Ledger | None = None
+        self.traffic: Traffic | None = None
+        self._asked: Counter[str] = Counter()  # how often the same was asked in one run of a job
 
-    def transport(self, model: Model) -> Transport:
-        """What hands one serialised session over, and its results back; it counts bytes here."""
+    def address(self, model: Model) -> tuple[str, Mapping[str, object]]:
+        """The name under which the other side knows the model, and what it must do to it before a request."""
         raise NotImplementedError
 
-    def explain(self, error: Exception, function: Function) -> BackendError:
-        """The error of a request as the user should read it."""
+    def fetch(self, model: Model, request: Sealed, traffic: Traffic, function: Function) -> dict[str, Envoy]:
+        """Hand one request over and wait for its values. Raises BackendError."""
         raise NotImplementedError
 
-    def _call(self, model: Model, function: Function, args: tuple[Any, ...]) -> Any:
+    def for_job(self, ledger: Ledger, traffic: Traffic, in_flight: int) -> Shipped:
+        """The same backend for a job of its own."""
+        made = copy.copy(self)
+        made.ledger, made.traffic, made._asked = ledger, traffic, Counter()
+        made.in_flight = min(in_flight, self.in_flight) if self.in_flight == 1 else in_flight
+        made.timeout = math.inf  # the job has a deadline over all
+        return made
+
+    def key_of(self, model: Model, function: Function, args: Args) -> Key:
+        """What a request is known by in the ledger: all that its numbers depend on, and how often it was asked before."""
+        if self.ledger is None:
+            return ("", 0)
+        _, programs, metric = args
+        name = f"{function.__module__}.{function.__qualname__}"
+        told = [model.name, model.revision, name, value_digest(programs), metric_digest(metric) if metric else ""]
+        digest = text_digest(repr(told))
+        self._asked[digest] += 1
+        return digest, self._asked[digest] - 1
+
+    def seal(self, model: Model, function: Function, args: Args, key: Key) -> Sealed:
+        """A request as bytes. Raises BackendError where something in it has no form that can be sent."""
         nnsight.register(__name__.split(".")[0])
         _, programs, metric = args
         views = {id(seen): seen for program in programs for seen in (program.get("views") or {}).values()}
         for item in (function, metric, *(part for seen in views.values() for part in seen)):
             if callable(item):
                 by_source(item)
-        nnsight.ndif.pull_env()  # modules that lie beside the user's script
-        nn, arguments, transport = model.nn, pack(args), self.transport(model)
-        self.requests += 1
-        result = None
-        try:
-            with nn.session(backend=transport):  # noqa: SIM117 -- what follows is shipped
+        envelope = Envelope()
+        with _SEALING:
+            nnsight.ndif.pull_env()  # modules that lie beside the user's script
+            nn, arguments = model.nn, pack(args)
+            with nn.session(backend=envelope):  # noqa: SIM117 -- what follows is shipped
                 # Servers with half-precision weights cast fp32 products down, which a run here does not.
                 with torch.autocast("cuda", enabled=False):
-                    result = nnsight.save(function(nn, *arguments))
-        except InterpError:
-            raise
-        except Exception as error:
-            raise self.explain(error, function) from error
-        return result
+                    result = nnsight.save(function(nn, *arguments))  # noqa: F841 -- the name under which it comes back
+        return Sealed(key, *self.address(model), envelope.blob)
+
+    def _tasks(
+        self, model: Model, function: Function, parts: Iterable[Args], traffic: Traffic
+    ) -> Iterator[Callable[[], dict[str, Envoy]]]:
+        """For each request a call that gives its result; made here, in their order."""
+        for args in parts:
+            key = self.key_of(model, function, args)
+            known = self.ledger.answer(key) if self.ledger is not None else None
+            if known is not None:
+                yield partial(read_answer, known, self.largest)
+                continue
+            request = self.seal(model, function, args, key)
+            self.requests += 1
+            self.sent += len(request.blob)
+            yield partial(self.fetch, model, request, traffic, function)
 
     def run(self, model: Model, programs: list[Program], metric: Metric | None, done: Done, function: Function) -> None:
         """Run programs in as few requests as let progress be seen; only what `function` gives of them comes back.
@@ -155,16 +216,57 @@ class Shipped:
             BackendError: a request could not be sent, failed there, or the other side was lost.
         """
         self.sent = self.received = self.requests = 0
+        groups = requests(programs, self.limit)
+        parts = ((model.taps, [programs[number] for number in group], metric) for group in groups)
+        traffic = self.traffic or Traffic()
+        tasks = self._tasks(model, function, parts, traffic)
         finished = 0
-        for group in requests(programs, self.limit):
-            part = [programs[number] for number in group]
-            answer = self._call(model, function, (model.taps, part, metric))
+        for group, values in zip(groups, in_order(tasks, self.in_flight, traffic), strict=True):
+            answer = values["result"]
             if isinstance(answer, torch.Tensor):  # one number for each scored row, behind one another
-                answer = answer.split([len(program["scored"]) for program in part])
+                answer = answer.split([len(programs[number]["scored"]) for number in group])
             for number, result in zip(group, answer, strict=True):
                 if number >= finished:  # else a prepared run, done again
                     done(number, result)
             finished = group[-1] + 1
+
+
+def in_order(tasks: Iterator[Callable[[], T]], count: int, traffic: Traffic) -> Iterator[T]:
+    """The results of calls, in their order; `count` of them run at once, each in a thread of its own."""
+    if count <= 1:
+        yield from (task() for task in tasks)
+        return
+    begun: deque[Future[T]] = deque()
+    more = True
+    try:
+        while more or begun:
+            running = [future for future in begun if not future.done()]
+            if more and len(running) - traffic.parked < count:
+                if (task := next(tasks, None)) is None:
+                    more = False
+                else:
+                    begun.append(begin(task))
+            elif begun[0].done():
+                yield begun.popleft().result()
+            else:
+                wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+    finally:
+        if begun:  # ended early
+            traffic.stop.set()
+
+
+def begin(task: Callable[[], T]) -> Future[T]:
+    """Run a call in a thread that does not keep the process alive."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(task())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="interp-request").start()
+    return future
 
 
 def serialise(tracer: Envoy) -> bytes:

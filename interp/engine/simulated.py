@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import io
 import os
 import queue
 import shutil
@@ -18,16 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import zstandard
-from nnsight.tracing.backend import Backend as Transport
-from nnsight.tracing.util import push
 
 from ..errors import BackendError
 from ..models.adapters import adapter_layers
 from ..models.layout import Envoy
 from . import worker as script
+from .answers import read_answer
+from .errand import Sealed, Stopped, Traffic
 from .identity import weights_digest
-from .remote import Shipped, failure, serialise
+from .remote import Shipped, failure
 from .trace import Function
 
 if TYPE_CHECKING:
@@ -149,24 +147,6 @@ def current_worker() -> Worker:
     return _current
 
 
-class Pipe(Transport):
-    """nnsight's way out of a session, and the way of its results back in."""
-
-    def __init__(self, backend: Simulated, worker: Worker, number: int) -> None:
-        self.backend, self.worker, self.number = backend, worker, number
-
-    def __call__(self, tracer: Envoy) -> None:
-        blob = serialise(tracer)
-        self.backend.sent += len(blob)
-        settings = (torch.get_num_threads(), torch.get_float32_matmul_precision())
-        good, answer = self.worker.ask("run", (self.number, settings, blob), self.backend.timeout)
-        if not good:
-            raise RuntimeError(answer)
-        self.backend.received += len(answer)
-        data = io.BytesIO(zstandard.ZstdDecompressor().decompress(answer))
-        push(tracer.info.frame, torch.load(data, map_location="cpu", weights_only=False))
-
-
 class Simulated(Shipped):
     """A lasting process on this machine with torch, transformers and nnsight stands for the server.
 
@@ -181,12 +161,25 @@ class Simulated(Shipped):
         self.source = source
         self.options = dict(options or {})
 
-    def transport(self, model: Model) -> Transport:
-        worker = current_worker()
-        return Pipe(self, worker, self.number_of(model, worker))
+    def address(self, model: Model) -> tuple[str, Mapping[str, object]]:
+        return model.name, {}
 
-    def explain(self, error: Exception, function: Function) -> BackendError:
-        return failure(str(error), function, "the simulated server")
+    def fetch(self, model: Model, request: Sealed, traffic: Traffic, function: Function) -> dict[str, Envoy]:
+        if traffic.stop.is_set():
+            raise Stopped
+        worker = current_worker()
+        settings = (torch.get_num_threads(), torch.get_float32_matmul_precision())
+        question = (self.number_of(model, worker), settings, request.blob)
+        if self.ledger is not None:
+            self.ledger.sent(request.key, "", len(request.blob))
+        good, answer = worker.ask("run", question, self.timeout)
+        if not good:
+            raise failure(answer, function, "the simulated server")
+        self.received += len(answer)
+        found = read_answer(answer, self.largest)
+        if self.ledger is not None:
+            self.ledger.done(request.key, "", answer)
+        return found
 
     def number_of(self, model: Model, worker: Worker) -> int:
         """The worker's number for this model with the weights that it has now; loads it there where needed.

@@ -24,7 +24,7 @@ import interp
 from interp import Effects, Model, PromptPairs
 from interp.engine import simulated
 from interp.engine.backends import Local, make_backend
-from interp.engine.ndif import Ndif, Watch
+from interp.engine.ndif import Ndif
 from interp.engine.remote import pack, requests
 from interp.engine.simulated import Worker, current_worker
 from interp.engine.trace import execute
@@ -356,14 +356,8 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     there = interp.load_model(tmp_path, backend=address + "/")
     assert all(parameter.is_meta for parameter in there.hf.parameters())
     assert there.n_layers == 3 and there.n_kv_heads == 2
-    with pytest.raises(BackendError, match=f"no connection to the NDIF server at {address} .*refused"):
+    with pytest.raises(BackendError, match=f"no connection to {address} .*refused.*not reached once"):
         interp.patch(there, pairs(), PLAN)
-
-
-def test_waiting_for_a_server_ends_at_the_deadline() -> None:
-    Watch(60).refresh()
-    with pytest.raises(BackendError, match="no result within 0 s"):
-        Watch(0).refresh()
 
 
 def test_backends_by_name() -> None:

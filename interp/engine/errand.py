@@ -1,0 +1,272 @@
+"""The life of one request to a deployment: sent, asked after, fetched; sent again where it was lost, given up where it failed.
+
+What passes is tried again, with pauses that grow and vary, until the deadline. What failed in the code that was sent is told
+at once. No request whose result the ledger has is sent.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ..errors import BackendError
+from ..models.layout import Envoy
+from .answers import read_answer
+from .ledger import Key, Ledger
+from .wire import Gone, Passed, Told, Wire, new_id
+
+#: Seconds between two questions after one request: the first, and the most.
+ASK, ASK_MOST = 0.02, 3.0
+#: Seconds of the first pause after a failure, and of the longest.
+PAUSE, PAUSE_MOST = 0.5, 30.0
+#: Seconds after which a request is taken for lost that the server does not know: sent for certain, or perhaps never.
+UNKNOWN, UNSURE = 30.0, 4.0
+#: Seconds without news after which it is taken for lost once the server was away, or has done later ones; while it runs.
+SILENT, SILENT_RUNNING = 15.0, 60.0
+#: And where another process sent it, and nothing else is known.
+SILENT_RESUMED = 300.0
+#: Seconds in which a server must be reached for the first time.
+FIRST_CONTACT = 10.0
+#: How often one request may be lost: what kills its worker every time is not sent for ever.
+LOSSES = 6
+#: What servers say when it was no fault of the request.
+EXCUSES = ("please try again later", "was evicted while processing")
+
+
+class Stopped(Exception):
+    """The wait was ended from outside."""
+
+
+@dataclass
+class Traffic:
+    """What the requests of one backend know of the server together. `stop` ends all waits; `deadline` is monotonic time."""
+
+    deadline: float = math.inf
+    stop: threading.Event = field(default_factory=threading.Event)
+    reached: bool = False  # whether the server ever answered
+    away: float = 0.0  # when the server was last seen not to be there
+    latest: float = 0.0  # when the latest request was sent that is finished
+    parked: int = 0  # requests that are asked after, and hold up no other
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    random: random.Random = field(default_factory=random.SystemRandom)
+
+    def pause(self, seconds: float) -> None:
+        """Wait. Raises Stopped."""
+        if self.stop.wait(seconds):
+            raise Stopped
+
+    def park(self, count: int) -> None:
+        """So many more requests hold up no other."""
+        with self.lock:
+            self.parked += count
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A request that is ready to be sent: what it asks (its key), and its bytes."""
+
+    key: Key
+    model_key: str
+    env: Mapping[str, object]
+    blob: bytes
+
+
+class Lost(Exception):
+    """The server has lost the request; `ended`: it says so itself, and keeps that under the id."""
+
+    def __init__(self, said: str, ended: bool) -> None:
+        super().__init__(said)
+        self.ended = ended
+
+
+class Errand:
+    """One request on its way. `explain` makes the error of what a server says of a request that failed in what was sent."""
+
+    def __init__(
+        self,
+        wire: Wire,
+        traffic: Traffic,
+        request: Sealed,
+        ledger: Ledger | None,
+        explain: Callable[[str], BackendError],
+        timeout: float,
+    ) -> None:
+        self.wire, self.traffic, self.request, self.ledger, self.explain = wire, traffic, request, ledger, explain
+        self.began = time.monotonic()
+        self.until = min(traffic.deadline, self.began + timeout)
+        known = ledger.find(request.key) if ledger is not None else None
+        going = known is not None and known.state == "sent"
+        self.id = known.id if known is not None and going else ""
+        self.resumed = self.unsure = bool(self.id)
+        self.sent_at = 0.0  # of what another process sent nobody knows when, on this clock
+        self.losses, self.last = 0, "it was not sent yet"
+        self.stale: Told | None = None  # what was said last of a request that was lost
+        self.parked, self.received = False, 0
+
+    def tell(self, what: str, said: object = "") -> None:
+        """Keep an event."""
+        if self.ledger is not None:
+            self.ledger.event(self.request.key, self.id, what, self.wire.said(said))
+
+    def run(self) -> dict[str, Envoy]:
+        """The values that came back.
+
+        Raises:
+            BackendError: it failed there, cannot be sent, was lost too often, or the deadline is over. Stopped.
+        """
+        if self.resumed:
+            self.tell("asked after again")
+        try:
+            return self._try()
+        finally:
+            self.traffic.park(-self.parked)
+
+    def _try(self) -> dict[str, Envoy]:
+        pause = PAUSE
+        while True:
+            self._check()
+            try:
+                if not self.id or self.unsure:
+                    self._send()
+                blob = self._follow()
+                self.received = len(blob)
+                answer = read_answer(blob, self.wire.largest)
+                if self.ledger is not None:
+                    self.ledger.done(self.request.key, self.id, blob)
+                self.traffic.latest = max(self.traffic.latest, self.sent_at)
+                return answer
+            except Lost as lost:
+                self._lost(lost)
+            except Passed as passed:
+                self._interrupted(passed)
+                pause = max(pause, passed.wait)
+            except BackendError as error:
+                if self.ledger is not None:
+                    self.ledger.failed(self.request.key, self.id, str(error).split("\n")[0])
+                raise
+            self.traffic.pause(pause * self.traffic.random.uniform(0.5, 1.0))
+            pause = min(2 * pause, PAUSE_MOST)
+
+    def _interrupted(self, passed: Passed) -> None:
+        """Note it; BackendError where the server was not there from the beginning."""
+        self.last = str(passed)
+        self.tell("interrupted", passed)
+        if passed.restart:
+            self.traffic.away = time.monotonic()
+        if not self.traffic.reached and time.monotonic() - self.began > FIRST_CONTACT:
+            raise BackendError(
+                f"{passed}, and it was not reached once in {FIRST_CONTACT:.0f} s: is the server running, is the address right, "
+                "and is this machine connected?"
+            ) from passed
+
+    def _check(self) -> None:
+        if self.traffic.stop.is_set():
+            raise Stopped
+        if time.monotonic() >= self.until:
+            raise late(self.last)
+
+    def _lost(self, lost: Lost) -> None:
+        self.losses += 1
+        self.last = str(lost)
+        self.tell("lost", lost)
+        if self.losses >= LOSSES:
+            raise BackendError(
+                f"the server lost the same request {self.losses} times, the last time: {lost}. It may need more memory there "
+                "than there is: give it less at once (max_tokens=), or ask who runs the server"
+            ) from lost
+        if lost.ended:
+            self.id, self.unsure = "", False  # under the old id stands that it failed
+        else:
+            self.unsure = True
+
+    def _send(self) -> None:
+        """Send the request, or see that it is there: one that was perhaps sent must be unknown for a while first."""
+        if self.id and self._there():
+            self.unsure = False
+            return
+        self.id = self.id or new_id()
+        if self.ledger is not None:
+            self.ledger.sent(self.request.key, self.id, len(self.request.blob))
+        self.unsure, self.resumed = True, False
+        self.sent_at = time.monotonic()
+        request = self.request
+        self.id = self.wire.post(self.id, request.model_key, request.env, request.blob)
+        self.unsure, self.stale, self.traffic.reached = False, None, True
+
+    def _there(self) -> bool:
+        """Whether the server knows of this request, and has not lost it."""
+        until = time.monotonic() + UNSURE
+        while (told := self.wire.look(self.id)) is None:
+            if time.monotonic() > until:
+                return False
+            self._check()
+            self.traffic.pause(UNSURE / 8)
+        self.traffic.reached = True
+        return told != self.stale
+
+    def _follow(self) -> bytes:
+        """Ask after the request until its result is here."""
+        ask, asked, news, before = ASK, time.monotonic(), time.monotonic(), None
+        while True:
+            self._check()
+            told = self.wire.look(self.id)
+            now = time.monotonic()
+            if told != before:
+                before, news, ask = told, now, min(ask, 0.2)
+                self.last = (
+                    f"the server said {told.status} ({told.description})" if told else "the server does not know it"
+                )
+            if told is not None and told.status == "COMPLETED":
+                return self._fetch(told)
+            if told is not None and told.status == "ERROR":
+                raise self._failed(told.description)
+            self.stale = told
+            self._silent(told, now - news, asked)
+            self.traffic.pause(ask)
+            ask = min(1.3 * ask, ASK_MOST)
+
+    def _silent(self, told: Told | None, silence: float, asked: float) -> None:
+        """Raises Lost where nothing more will be heard of the request."""
+        sent = self.sent_at or asked
+        away, later = self.traffic.away > sent, self.traffic.latest > sent
+        if told is None:
+            if silence > (UNSURE if away or later or self.resumed else UNKNOWN):
+                raise Lost("the server does not know the request any more", ended=False)
+            return
+        running = told.status == "RUNNING"
+        if (
+            self.resumed and silence > SILENT and not self.parked
+        ):  # later ones, if they overtake it, tell that it is lost
+            self.parked = True
+            self.traffic.park(1)
+        for known, enough, why in (
+            (away, SILENT_RUNNING if running else SILENT, "the server was away"),
+            (later and not running, SILENT, "later requests are done"),
+            (self.resumed, SILENT_RESUMED, "another process sent it"),
+        ):
+            if known and silence > enough:
+                raise Lost(f"no news for {silence:.0f} s of a request that was {told.status}, and {why}", ended=False)
+
+    def _fetch(self, told: Told) -> bytes:
+        try:
+            return self.wire.result(told.url)
+        except Gone as error:
+            raise Lost(str(error), ended=True) from error
+
+    def _failed(self, said: str) -> Exception:
+        """A request that the server says has failed: by no fault of its own, or in what was sent."""
+        if "traceback" not in said.lower() and any(excuse in said.lower() for excuse in EXCUSES):
+            return Lost(said.split("\n")[0], ended=True)
+        return self.explain(said)
+
+
+def late(last: str) -> BackendError:
+    """The error for a deadline that is over."""
+    return BackendError(
+        f"no result within the time allowed: {last}. The server may be full or away; a job goes on from its file "
+        "(interp.Job.load), a call with more time (model.backend.timeout in seconds)"
+    )
