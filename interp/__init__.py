@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .seeds import set_seed
     from .sites import Site
     from .steering import steer, steering_vector
+    from .submitting import Job, jobs, remote_status, submit
     from .tracing import causal_trace
     from .tracking import runs, track_experiment
     from .views import View
@@ -46,6 +47,7 @@ _LATER = {
     "Circuit": ".circuits",
     "Edit": ".edits",
     "Effects": ".effects",
+    "Job": ".submitting",
     "Model": ".models.model",
     "Plan": ".plan",
     "PromptPairs": ".pairs",
@@ -67,6 +69,7 @@ _LATER = {
     "grid": ".plan",
     "heads": ".plan",
     "iterative_pruning": ".circuits",
+    "jobs": ".submitting",
     "kl": ".metrics",
     "load_model": ".models.loading",
     "load_sae": ".saes",
@@ -86,6 +89,7 @@ _LATER = {
     "plot_tokens": ".plots",
     "prob": ".metrics",
     "rank": ".metrics",
+    "remote_status": ".submitting",
     "report": ".reports",
     "run_circuit": ".circuits",
     "runs": ".tracking",
@@ -94,6 +98,7 @@ _LATER = {
     "sets": ".plan",
     "steer": ".steering",
     "steering_vector": ".steering",
+    "submit": ".submitting",
     "track_experiment": ".tracking",
     "train_sae": ".saes",
 }
@@ -102,6 +107,7 @@ __all__ = [
     "Circuit",
     "Edit",
     "Effects",
+    "Job",
     "Model",
     "Plan",
     "PromptPairs",
@@ -124,6 +130,7 @@ __all__ = [
     "grid",
     "heads",
     "iterative_pruning",
+    "jobs",
     "kl",
     "load_model",
     "load_sae",
@@ -143,6 +150,7 @@ __all__ = [
     "plot_tokens",
     "prob",
     "rank",
+    "remote_status",
     "report",
     "run_circuit",
     "runs",
@@ -151,6 +159,7 @@ __all__ = [
     "sets",
     "steer",
     "steering_vector",
+    "submit",
     "tasks",
     "track_experiment",
     "train_sae",

@@ -5,12 +5,13 @@ Nobody listens by default, and then a call is the plain call. The standard libra
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import ParamSpec, Protocol, TypeVar
@@ -99,6 +100,21 @@ def experiment(function: Callable[P, R]) -> Callable[P, R]:
             _tell(who, lambda: _record(function, args, kwargs, (started, seconds), result, problem))
 
     return told
+
+
+@contextlib.contextmanager
+def outermost() -> Iterator[None]:
+    """Calls within are outermost ones, whatever call they are made from: work that another thread does later."""
+    mark = _INSIDE.set(False)
+    try:
+        yield
+    finally:
+        _INSIDE.reset(mark)
+
+
+def tell(name: str, arguments: Mapping[str, object], summary: str) -> None:
+    """Tell whoever listens here of something that is no call of an experiment."""
+    _tell(listeners(), lambda: Told(name, time.time(), 0.0, arguments, summary=summary))
 
 
 def _tell(who: tuple[Listener, ...], record: Callable[[], Told]) -> None:

@@ -25,7 +25,7 @@ ROOMS = (
     "errors", "journal", "packages", "markup", "files", "seeds", "order", "sites", "findings", "generated", "cached",
     "edits", "views", "metrics", "tokens", "prompts", "encoded", "pairs", "cells", "product", "plan", "options",
     "spans", "effects", "models", "engine", "audit", "shards", "shuffled", "corpora", "windows", "generation",
-    "running", "direct", "methods", "saes", "steering", "circuits", "plots", "reports", "tracking", "tasks",
+    "running", "direct", "submitting", "methods", "saes", "steering", "circuits", "plots", "reports", "tracking", "tasks",
     "studies", "cli", "__main__",
 )  # fmt: skip
 #: What `tests/tools/house_counts.py` counts, at most.

@@ -16,6 +16,8 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -31,6 +33,21 @@ from .trace import Function, scores
 
 #: Work of more units than this shows a bar on a terminal.
 LONG = 200
+
+
+#: How far some work is: its name, the units done, and all.
+Watcher = Callable[[str, int, int], None]
+_WATCHER: ContextVar[Watcher | None] = ContextVar("interp_watcher", default=None)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """All work that is begun within, in this thread, tells `watcher` how far it is, and shows no bar of its own accord."""
+    token = _WATCHER.set(watcher)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
 
 
 class Piece(Protocol):
@@ -91,11 +108,19 @@ def do(model: Model, work: Work[P], progress: bool | None = False, done: int = 0
     Raises:
         BackendError: a piece that cannot be divided does not fit; or the backend failed.
     """
-    shown = work.total > LONG and sys.stderr.isatty() if progress is None else progress
+    watcher = _WATCHER.get()
+    shown = work.total > LONG and sys.stderr.isatty() and watcher is None if progress is None else progress
+    if watcher is not None:
+        watcher(work.name, done, work.total)
     with tqdm(total=work.total, initial=done, disable=not shown, unit=work.unit, desc=work.name) as bar:
 
         def put(piece: P, result: Any) -> None:
-            bar.update(work.place(piece, result))
+            nonlocal done
+            units = work.place(piece, result)
+            done += units
+            bar.update(units)
+            if watcher is not None:
+                watcher(work.name, done, work.total)
             if work.note is not None and (said := work.note(piece)):
                 bar.set_postfix_str(said)
 

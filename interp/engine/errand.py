@@ -6,17 +6,15 @@ at once. No request whose result the ledger has is sent.
 
 from __future__ import annotations
 
-import math
-import random
-import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..errors import BackendError
 from ..models.layout import Envoy
 from .answers import read_answer
 from .ledger import Key, Ledger
+from .traffic import Stopped, Traffic
 from .wire import Gone, Passed, Told, Wire, new_id
 
 #: Seconds between two questions after one request: the first, and the most.
@@ -35,34 +33,6 @@ FIRST_CONTACT = 10.0
 LOSSES = 6
 #: What servers say when it was no fault of the request.
 EXCUSES = ("please try again later", "was evicted while processing")
-
-
-class Stopped(Exception):
-    """The wait was ended from outside."""
-
-
-@dataclass
-class Traffic:
-    """What the requests of one backend know of the server together. `stop` ends all waits; `deadline` is monotonic time."""
-
-    deadline: float = math.inf
-    stop: threading.Event = field(default_factory=threading.Event)
-    reached: bool = False  # whether the server ever answered
-    away: float = 0.0  # when the server was last seen not to be there
-    latest: float = 0.0  # when the latest request was sent that is finished
-    parked: int = 0  # requests that are asked after, and hold up no other
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    random: random.Random = field(default_factory=random.SystemRandom)
-
-    def pause(self, seconds: float) -> None:
-        """Wait. Raises Stopped."""
-        if self.stop.wait(seconds):
-            raise Stopped
-
-    def park(self, count: int) -> None:
-        """So many more requests hold up no other."""
-        with self.lock:
-            self.parked += count
 
 
 @dataclass(frozen=True)
@@ -123,7 +93,7 @@ class Errand:
         try:
             return self._try()
         finally:
-            self.traffic.park(-self.parked)
+            self.traffic.server.park(-self.parked)
 
     def _try(self) -> dict[str, Envoy]:
         pause = PAUSE
@@ -137,7 +107,8 @@ class Errand:
                 answer = read_answer(blob, self.wire.largest)
                 if self.ledger is not None:
                     self.ledger.done(self.request.key, self.id, blob)
-                self.traffic.latest = max(self.traffic.latest, self.sent_at)
+                server = self.traffic.server
+                server.latest = max(server.latest, self.sent_at)
                 return answer
             except Lost as lost:
                 self._lost(lost)
@@ -156,15 +127,15 @@ class Errand:
         self.last = str(passed)
         self.tell("interrupted", passed)
         if passed.restart:
-            self.traffic.away = time.monotonic()
-        if not self.traffic.reached and time.monotonic() - self.began > FIRST_CONTACT:
+            self.traffic.server.away = time.monotonic()
+        if not self.traffic.server.reached and time.monotonic() - self.began > FIRST_CONTACT:
             raise BackendError(
                 f"{passed}, and it was not reached once in {FIRST_CONTACT:.0f} s: is the server running, is the address right, "
                 "and is this machine connected?"
             ) from passed
 
     def _check(self) -> None:
-        if self.traffic.stop.is_set():
+        if self.traffic.stopped:
             raise Stopped
         if time.monotonic() >= self.until:
             raise late(self.last)
@@ -195,7 +166,7 @@ class Errand:
         self.sent_at = time.monotonic()
         request = self.request
         self.id = self.wire.post(self.id, request.model_key, request.env, request.blob)
-        self.unsure, self.stale, self.traffic.reached = False, None, True
+        self.unsure, self.stale, self.traffic.server.reached = False, None, True
 
     def _there(self) -> bool:
         """Whether the server knows of this request, and has not lost it."""
@@ -205,7 +176,7 @@ class Errand:
                 return False
             self._check()
             self.traffic.pause(UNSURE / 8)
-        self.traffic.reached = True
+        self.traffic.server.reached = True
         return told != self.stale
 
     def _follow(self) -> bytes:
@@ -232,7 +203,7 @@ class Errand:
     def _silent(self, told: Told | None, silence: float, asked: float) -> None:
         """Raises Lost where nothing more will be heard of the request."""
         sent = self.sent_at or asked
-        away, later = self.traffic.away > sent, self.traffic.latest > sent
+        away, later = self.traffic.server.away > sent, self.traffic.server.latest > sent
         if told is None:
             if silence > (UNSURE if away or later or self.resumed else UNKNOWN):
                 raise Lost("the server does not know the request any more", ended=False)
@@ -242,7 +213,7 @@ class Errand:
             self.resumed and silence > SILENT and not self.parked
         ):  # later ones, if they overtake it, tell that it is lost
             self.parked = True
-            self.traffic.park(1)
+            self.traffic.server.park(1)
         for known, enough, why in (
             (away, SILENT_RUNNING if running else SILENT, "the server was away"),
             (later and not running, SILENT, "later requests are done"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from functools import partial
@@ -11,9 +12,10 @@ import nnsight
 
 from ..errors import BackendError
 from ..models.layout import Envoy
-from .errand import Errand, Sealed, Traffic
+from .errand import Errand, Sealed
 from .remote import Shipped, failure
 from .trace import Function
+from .traffic import Traffic
 from .wire import Wire
 
 if TYPE_CHECKING:
@@ -67,7 +69,8 @@ class Ndif(Shipped):
 
     def fetch(self, model: Model, request: Sealed, traffic: Traffic, function: Function) -> dict[str, Envoy]:
         explain = partial(self.explain, model, function)
-        errand = Errand(self.wire(), traffic, request, self.ledger, explain, self.timeout)
+        timeout = self.timeout if self.ledger is None else math.inf  # a job has a deadline over all
+        errand = Errand(self.wire(), traffic, request, self.ledger, explain, timeout)
         answer = errand.run()
         with _COUNTING:
             self.received += errand.received

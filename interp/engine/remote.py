@@ -7,14 +7,13 @@ nnsight's own format: the serialised block of one session.
 from __future__ import annotations
 
 import copy
-import math
+import inspect
 import sys
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import nnsight
 import torch
@@ -25,16 +24,16 @@ from ..metrics import Metric
 from ..models.layout import Envoy, Taps
 from ..views import Seen
 from .answers import LARGEST, read_answer
-from .errand import Sealed, Traffic
+from .errand import Sealed
 from .identity import metric_digest, text_digest, value_digest
 from .ledger import Key, Ledger
 from .trace import Done, Function
+from .traffic import Traffic, in_order
 
 if TYPE_CHECKING:
     from ..models.model import Model
     from .program import Program
 
-T = TypeVar("T")
 #: What a function of `interp.engine.trace` is called with, behind the model: taps, programs, metric.
 Args: TypeAlias = "tuple[Taps, list[Program], Metric | None]"
 
@@ -162,7 +161,6 @@ class Shipped:
         made = copy.copy(self)
         made.ledger, made.traffic, made._asked = ledger, traffic, Counter()
         made.in_flight = min(in_flight, self.in_flight) if self.in_flight == 1 else in_flight
-        made.timeout = math.inf  # the job has a deadline over all
         return made
 
     def key_of(self, model: Model, function: Function, args: Args) -> Key:
@@ -205,6 +203,7 @@ class Shipped:
                 yield partial(read_answer, known, self.largest)
                 continue
             request = self.seal(model, function, args, key)
+            traffic.ready.set()
             self.requests += 1
             self.sent += len(request.blob)
             yield partial(self.fetch, model, request, traffic, function)
@@ -218,7 +217,7 @@ class Shipped:
         self.sent = self.received = self.requests = 0
         groups = requests(programs, self.limit)
         parts = ((model.taps, [programs[number] for number in group], metric) for group in groups)
-        traffic = self.traffic or Traffic()
+        traffic = self.traffic.within() if self.traffic is not None else Traffic()
         tasks = self._tasks(model, function, parts, traffic)
         finished = 0
         for group, values in zip(groups, in_order(tasks, self.in_flight, traffic), strict=True):
@@ -231,48 +230,38 @@ class Shipped:
             finished = group[-1] + 1
 
 
-def in_order(tasks: Iterator[Callable[[], T]], count: int, traffic: Traffic) -> Iterator[T]:
-    """The results of calls, in their order; `count` of them run at once, each in a thread of its own."""
-    if count <= 1:
-        yield from (task() for task in tasks)
-        return
-    begun: deque[Future[T]] = deque()
-    more = True
-    try:
-        while more or begun:
-            running = [future for future in begun if not future.done()]
-            if more and len(running) - traffic.parked < count:
-                if (task := next(tasks, None)) is None:
-                    more = False
-                else:
-                    begun.append(begin(task))
-            elif begun[0].done():
-                yield begun.popleft().result()
-            else:
-                wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-    finally:
-        if begun:  # ended early
-            traffic.stop.set()
+class Sources:
+    """Stands for `inspect` where nnsight reads what is sent: each function's source is found once, not for every request."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, tuple[list[str], int]] = {}
+
+    def __getattr__(self, name: str) -> Envoy:
+        return getattr(inspect, name)
+
+    def getsourcelines(self, function: Envoy) -> tuple[list[str], int]:
+        """As inspect's; OSError where there is no source."""
+        code = getattr(function, "__code__", None)
+        if code is None or hasattr(function, "__wrapped__"):
+            return inspect.getsourcelines(function)
+        if code not in self._known:
+            self._known[code] = inspect.getsourcelines(function)
+        return self._known[code]
+
+    def getsource(self, function: Envoy) -> str:
+        """As inspect's; OSError where there is no source."""
+        return "".join(self.getsourcelines(function)[0])
 
 
-def begin(task: Callable[[], T]) -> Future[T]:
-    """Run a call in a thread that does not keep the process alive."""
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(task())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True, name="interp-request").start()
-    return future
+_SOURCES = Sources()
 
 
 def serialise(tracer: Envoy) -> bytes:
     """A session as it travels. Raises BackendError where something in it has no form that can be sent."""
+    from nnsight.intervention import serialization
     from nnsight.schema.request import RequestModel
 
+    before, serialization.inspect = serialization.inspect, _SOURCES  # type: ignore[attr-defined]
     try:
         return RequestModel.serialize(tracer, compress=True)
     except Exception as error:
@@ -281,6 +270,8 @@ def serialise(tracer: Envoy) -> bytes:
             "function of (logits, batch) that uses torch alone and holds no lock, file, model or other "
             "object of this process"
         ) from error
+    finally:
+        serialization.inspect = before  # type: ignore[attr-defined]
 
 
 def failure(text: str, function: Function, where: str) -> BackendError:

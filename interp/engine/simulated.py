@@ -23,10 +23,11 @@ from ..models.adapters import adapter_layers
 from ..models.layout import Envoy
 from . import worker as script
 from .answers import read_answer
-from .errand import Sealed, Stopped, Traffic
+from .errand import Sealed
 from .identity import weights_digest
 from .remote import Shipped, failure
 from .trace import Function
+from .traffic import Stopped, Traffic
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -165,7 +166,7 @@ class Simulated(Shipped):
         return model.name, {}
 
     def fetch(self, model: Model, request: Sealed, traffic: Traffic, function: Function) -> dict[str, Envoy]:
-        if traffic.stop.is_set():
+        if traffic.stopped:
             raise Stopped
         worker = current_worker()
         settings = (torch.get_num_threads(), torch.get_float32_matmul_precision())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,10 @@ def load_model(
 
     if isinstance(tokenizer, ProcessorMixin):  # of a vision model: it would take a prompt for a picture
         tokenizer = getattr(tokenizer, "tokenizer", None)
+    given = {
+        "model": model, "tokenizer": tokenizer, "device": device, "dtype": dtype, "device_map": device_map, "backend": backend,
+        "attn_implementation": attn_implementation, "prefix": prefix, "revision": revision, "check": check, **options,
+    }  # fmt: skip
     name, note, allow_missing = str(model), "", bool(options.pop("allow_missing", False))
     hf: Envoy = model
     source: Any = model
@@ -122,10 +127,22 @@ def load_model(
         where = {} if getattr(hf, "hf_device_map", None) is not None else {"device": hf.device}  # where it is, it stays
         nn = wrapped(hf, tokenizer=known, task="text-generation", **where)
     taps, revision = make_taps(hf, family), revision or commit
-    loaded = Model(name, hf, nn, tokenizer, family, taps, backend, prefix or "", revision, note, audit, generate, run)
+    functions = (audit, generate, run)
+    made = Model(name, hf, nn, tokenizer, family, taps, backend, prefix or "", revision, note, *functions, again(given))
     if check and isinstance(backend, Local):
-        check_reads(loaded)
-    return loaded
+        check_reads(made)
+    return made
+
+
+def again(given: Mapping[str, object]) -> dict[str, object]:
+    """A call of `load_model` that another process can make: no password in it; nothing for a module in memory."""
+    model, backend = given["model"], given["backend"]
+    if isinstance(model, torch.nn.Module):
+        return {}
+    folder = Path(str(model)).expanduser()
+    named = backend if isinstance(backend, str) else getattr(backend, "host", None) or "ndif"
+    kept = {option: value for option, value in given.items() if option not in SECRETS}
+    return kept | {"model": str(folder.resolve() if folder.is_dir() else model), "backend": named}
 
 
 def _in_memory(module: Envoy, asked: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
@@ -58,6 +58,8 @@ class Model:
     generator: Callable[..., Generation] | None = None
     #: what runs prompts through it
     runner: Callable[..., ForwardPass] | None = None
+    #: the call of `load_model` that made it, without passwords; nothing for a module in memory
+    loaded: Mapping[str, object] = field(default_factory=dict)
     #: sites refused because an audit showed them to be wrong: {kind: reason}
     refused: dict[str, str] = field(default_factory=dict)
 
