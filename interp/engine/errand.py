@@ -21,8 +21,9 @@ from .wire import Gone, Passed, Told, Wire, new_id
 ASK, ASK_MOST = 0.02, 3.0
 #: Seconds of the first pause after a failure, and of the longest.
 PAUSE, PAUSE_MOST = 0.5, 30.0
-#: Seconds after which a request is taken for lost that the server does not know: sent for certain, or perhaps never.
-UNKNOWN, UNSURE = 30.0, 4.0
+#: Seconds after which a request is taken for lost that the server does not know: sent for certain, or perhaps never; in the
+#: latter case the server must say so this many times.
+UNKNOWN, UNSURE, LOOKS = 30.0, 4.0, 8
 #: Seconds without news after which it is taken for lost once the server was away, or has done later ones; while it runs.
 SILENT, SILENT_RUNNING = 15.0, 60.0
 #: And where another process sent it, and nothing else is known.
@@ -43,6 +44,10 @@ class Sealed:
     model_key: str
     env: Mapping[str, object]
     blob: bytes
+
+
+#: Where a request is: not sent, or not taken; perhaps with the server; with the server.
+HERE, PERHAPS, THERE = "here", "perhaps there", "there"
 
 
 class Lost(Exception):
@@ -69,13 +74,16 @@ class Errand:
         self.began = time.monotonic()
         self.until = min(traffic.deadline, self.began + timeout)
         known = ledger.find(request.key) if ledger is not None else None
-        going = known is not None and known.state == "sent"
-        self.id = known.id if known is not None and going else ""
-        self.resumed = self.unsure = bool(self.id)
-        self.sent_at = 0.0  # of what another process sent nobody knows when, on this clock
-        self.losses, self.last = 0, "it was not sent yet"
-        self.stale: Told | None = None  # what was said last of a request that was lost
-        self.parked, self.received = False, 0
+        self.id = known.id if known is not None and known.state == "sent" else ""
+        self.resumed, self.where = bool(self.id), PERHAPS if self.id else HERE
+        self.sent_at = (
+            0.0 if self.resumed else self.began
+        )  # of what another process sent nobody knows when, on this clock
+        self.told: Told | None = None  # what the server said last
+        self.news = self.began  # when it said something new
+        self.unknown = 0  # how often in a row it knew of no such request
+        self.losses, self.received, self.parked = 0, 0, False
+        self.last = "it was not sent yet"
 
     def tell(self, what: str, said: object = "") -> None:
         """Keep an event."""
@@ -100,7 +108,7 @@ class Errand:
         while True:
             self._check()
             try:
-                if not self.id or self.unsure:
+                if self.where != THERE:
                     self._send()
                 blob = self._follow()
                 self.received = len(blob)
@@ -117,7 +125,7 @@ class Errand:
                 pause = max(pause, passed.wait)
             except BackendError as error:
                 if self.ledger is not None:
-                    self.ledger.failed(self.request.key, self.id, str(error).split("\n")[0])
+                    self.ledger.failed(self.request.key, self.id, str(error))
                 raise
             self.traffic.pause(pause * self.traffic.random.uniform(0.5, 1.0))
             pause = min(2 * pause, PAUSE_MOST)
@@ -127,7 +135,7 @@ class Errand:
         self.last = str(passed)
         self.tell("interrupted", passed)
         if passed.restart:
-            self.traffic.server.away = time.monotonic()
+            self.traffic.server.away = self.news = time.monotonic()
         if not self.traffic.server.reached and time.monotonic() - self.began > FIRST_CONTACT:
             raise BackendError(
                 f"{passed}, and it was not reached once in {FIRST_CONTACT:.0f} s: is the server running, is the address right, "
@@ -149,78 +157,77 @@ class Errand:
                 f"the server lost the same request {self.losses} times, the last time: {lost}. It may need more memory there "
                 "than there is: give it less at once (max_tokens=), or ask who runs the server"
             ) from lost
+        self.where = HERE if lost.ended else PERHAPS
         if lost.ended:
-            self.id, self.unsure = "", False  # under the old id stands that it failed
-        else:
-            self.unsure = True
+            self.id = ""  # under the old one stands that it failed
 
     def _send(self) -> None:
         """Send the request, or see that it is there: one that was perhaps sent must be unknown for a while first."""
-        if self.id and self._there():
-            self.unsure = False
+        if self.where == PERHAPS and self._there():
+            self.where = THERE
             return
         self.id = self.id or new_id()
         if self.ledger is not None:
             self.ledger.sent(self.request.key, self.id, len(self.request.blob))
-        self.unsure, self.resumed = True, False
+        self.where, self.resumed, self.unknown, self.told = PERHAPS, False, 0, None
         self.sent_at = time.monotonic()
         request = self.request
-        self.id = self.wire.post(self.id, request.model_key, request.env, request.blob)
-        self.unsure, self.stale, self.traffic.server.reached = False, None, True
+        try:
+            self.id = self.wire.post(self.id, request.model_key, request.env, request.blob)
+        except Passed as passed:
+            self.where = HERE if passed.untaken else PERHAPS
+            raise
+        self.where, self.news, self.traffic.server.reached = THERE, time.monotonic(), True
 
     def _there(self) -> bool:
-        """Whether the server knows of this request, and has not lost it."""
-        until = time.monotonic() + UNSURE
+        """Whether the server knows of this request, and has news of it where it was silent."""
         while (told := self.wire.look(self.id)) is None:
-            if time.monotonic() > until:
+            self.unknown += 1
+            if self.unknown > LOOKS:
                 return False
             self._check()
-            self.traffic.pause(UNSURE / 8)
-        self.traffic.server.reached = True
-        return told != self.stale
+            self.traffic.pause(UNSURE / LOOKS)
+        self.unknown, self.traffic.server.reached = 0, True
+        return told != self.told
 
     def _follow(self) -> bytes:
         """Ask after the request until its result is here."""
-        ask, asked, news, before = ASK, time.monotonic(), time.monotonic(), None
+        ask = ASK
         while True:
             self._check()
             told = self.wire.look(self.id)
-            now = time.monotonic()
-            if told != before:
-                before, news, ask = told, now, min(ask, 0.2)
-                self.last = (
-                    f"the server said {told.status} ({told.description})" if told else "the server does not know it"
-                )
-            if told is not None and told.status == "COMPLETED":
-                return self._fetch(told)
-            if told is not None and told.status == "ERROR":
-                raise self._failed(told.description)
-            self.stale = told
-            self._silent(told, now - news, asked)
+            if told != self.told:
+                self.told, self.news, ask = told, time.monotonic(), min(ask, 0.2)
+            if told is None:
+                self.last = "the server does not know it"
+            else:
+                self.last = f"the server said {told.status} ({told.description})"
+                if told.status == "COMPLETED":
+                    return self._fetch(told)
+                if told.status == "ERROR":
+                    raise self._failed(told.description)
+            self._silent(told, time.monotonic() - self.news)
             self.traffic.pause(ask)
             ask = min(1.3 * ask, ASK_MOST)
 
-    def _silent(self, told: Told | None, silence: float, asked: float) -> None:
+    def _silent(self, told: Told | None, silence: float) -> None:
         """Raises Lost where nothing more will be heard of the request."""
-        sent = self.sent_at or asked
-        away, later = self.traffic.server.away > sent, self.traffic.server.latest > sent
-        if told is None:
-            if silence > (UNSURE if away or later or self.resumed else UNKNOWN):
-                raise Lost("the server does not know the request any more", ended=False)
-            return
-        running = told.status == "RUNNING"
-        if (
-            self.resumed and silence > SILENT and not self.parked
-        ):  # later ones, if they overtake it, tell that it is lost
+        server, status = self.traffic.server, told.status if told is not None else "not known"
+        running = status == "RUNNING"
+        if self.resumed and silence > SILENT and not self.parked:  # if later ones overtake it, it is lost
             self.parked = True
-            self.traffic.server.park(1)
+            server.park(1)
         for known, enough, why in (
-            (away, SILENT_RUNNING if running else SILENT, "the server was away"),
-            (later and not running, SILENT, "later requests are done"),
+            (told is None, UNKNOWN, "it is not known any more"),
+            (server.away > self.sent_at, SILENT_RUNNING if running else SILENT, "the server was away"),
+            (server.latest > self.sent_at and not running, SILENT, "later requests are done"),
             (self.resumed, SILENT_RESUMED, "another process sent it"),
         ):
             if known and silence > enough:
-                raise Lost(f"no news for {silence:.0f} s of a request that was {told.status}, and {why}", ended=False)
+                if not self.wire.connected():  # it is not yet what it was
+                    server.away = self.news = time.monotonic()
+                    return
+                raise Lost(f"no news for {silence:.0f} s of a request that was {status}: {why}", ended=False)
 
     def _fetch(self, told: Told) -> bytes:
         try:

@@ -168,8 +168,15 @@ class Ledger:
     def failed(self, key: Key, id: str, said: str) -> None:
         """A request failed for good."""
         with self._writing() as base:
-            base.execute("UPDATE requests SET state = 'failed' WHERE key = ? AND number = ?", key)
+            base.execute(
+                "UPDATE requests SET state = 'failed', answer = ? WHERE key = ? AND number = ?", (said.encode(), *key)
+            )
             base.execute("INSERT INTO events VALUES (?, ?, ?, ?, 'failed', ?)", (time.time(), *key, id, said))
+
+    def failure(self, key: Key) -> str | None:
+        """Why a request failed for good, if it did."""
+        found = self._one("SELECT answer FROM requests WHERE key = ? AND number = ? AND state = 'failed'", *key)
+        return found[0].decode() if found is not None and isinstance(found[0], bytes) else None
 
     def event(self, key: Key, id: str, what: str, said: str = "") -> None:
         """Something happened to a request."""

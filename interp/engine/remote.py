@@ -24,6 +24,7 @@ from ..metrics import Metric
 from ..models.layout import Envoy, Taps
 from ..views import Seen
 from .answers import LARGEST, read_answer
+from .backoff import out_of_memory
 from .errand import Sealed
 from .identity import metric_digest, text_digest, value_digest
 from .ledger import Key, Ledger
@@ -156,10 +157,10 @@ class Shipped:
         """Hand one request over and wait for its values. Raises BackendError."""
         raise NotImplementedError
 
-    def for_job(self, ledger: Ledger, traffic: Traffic, in_flight: int) -> Shipped:
+    def for_job(self, ledger: Ledger, traffic: Traffic, in_flight: int, limit: int) -> Shipped:
         """The same backend for a job of its own."""
         made = copy.copy(self)
-        made.ledger, made.traffic, made._asked = ledger, traffic, Counter()
+        made.ledger, made.traffic, made.limit, made._asked = ledger, traffic, limit, Counter()
         made.in_flight = min(in_flight, self.in_flight) if self.in_flight == 1 else in_flight
         return made
 
@@ -198,10 +199,11 @@ class Shipped:
         """For each request a call that gives its result; made here, in their order."""
         for args in parts:
             key = self.key_of(model, function, args)
-            known = self.ledger.answer(key) if self.ledger is not None else None
-            if known is not None:
+            if self.ledger is not None and (known := self.ledger.answer(key)) is not None:
                 yield partial(read_answer, known, self.largest)
                 continue
+            if self.ledger is not None and (said := self.ledger.failure(key)) and out_of_memory(BackendError(said)):
+                raise BackendError(said)  # as before: what was run in parts is run in the same parts
             request = self.seal(model, function, args, key)
             traffic.ready.set()
             self.requests += 1

@@ -32,11 +32,15 @@ PUBLIC = "ndif.us"
 
 
 class Passed(Exception):
-    """Something that may be gone the next time; `restart`: the server itself was not there; `wait`: seconds it asked for."""
+    """Something that may be gone the next time.
 
-    def __init__(self, said: str, restart: bool = False, wait: float = 0.0) -> None:
+    `restart`: the server itself was not there. `untaken`: what was sent did not reach it for certain. `wait`: seconds that it
+    asked for.
+    """
+
+    def __init__(self, said: str, restart: bool = False, untaken: bool = False, wait: float = 0.0) -> None:
         super().__init__(said)
-        self.restart, self.wait = restart, wait
+        self.restart, self.untaken, self.wait = restart, untaken, wait
 
 
 class Gone(Exception):
@@ -106,7 +110,8 @@ class Wire:
                         raise too_large(most)
                 return response.status_code, bytes(held), response.headers.get("retry-after", "")
         except httpx.ConnectError as error:
-            raise Passed(f"no connection to {self.host} ({self.said(error)})", restart=refused(error)) from error
+            said = f"no connection to {self.host} ({self.said(error)})"
+            raise Passed(said, restart=refused(error), untaken=True) from error
         except httpx.TransportError as error:
             raise Passed(f"the connection to {self.host} broke ({type(error).__name__}: {self.said(error)})") from error
         except httpx.HTTPError as error:
@@ -148,7 +153,8 @@ class Wire:
         if status in PASSING:
             what = "its queue is full" if status == 429 else "it is not ready"
             wait = float(after) if after.replace(".", "", 1).isdigit() else 0.0
-            return Passed(f"{self.host}: {what} ({status}: {said})", restart=status in (502, 503), wait=wait)
+            untaken = status in (425, 429, 503)
+            return Passed(f"{self.host}: {what} ({status}: {said})", status in (502, 503), untaken, wait)
         if "version" in said.lower():
             return BackendError(
                 f"the server at {self.host} does not take what this machine sends ({status}: {said}); "
@@ -178,6 +184,14 @@ class Wire:
         if found.get("id") != id or not isinstance(found.get("status"), str):
             raise BackendError(self._no_ndif(f"asked for a request it said {str(found)[:80]!r}"))
         return Told(str(found["status"]), self.said(found.get("description") or ""), str(found.get("data") or ""))
+
+    def connected(self) -> bool:
+        """Whether the server has its workers, and takes requests."""
+        try:
+            self.call("GET", "/connected")
+        except Passed:
+            return False
+        return True
 
     def result(self, url: str) -> bytes:
         """The bytes of a result, from where the server says it is. Raises Gone: they are there no more."""

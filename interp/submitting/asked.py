@@ -9,12 +9,15 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from types import ModuleType
 
 import cloudpickle
 
 from ..errors import JobError
 from ..models.model import Model
 
+OURS = __name__.split(".")[0]
 Call = tuple[Callable[..., object], tuple[object, ...], dict[str, object]]
 
 
@@ -24,6 +27,13 @@ class _Packer(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
         self.models: list[Model] = []
+
+    def reducer_override(self, obj: object) -> object:
+        """What is ours is known by name, although nnsight has it travel to servers by its source."""
+        name = obj.__name__ if isinstance(obj, ModuleType) else getattr(obj, "__module__", None)
+        if not isinstance(name, str) or name.split(".")[0] != OURS:
+            return super().reducer_override(obj)
+        return (import_module, (name,)) if isinstance(obj, ModuleType) else NotImplemented
 
     def persistent_id(self, obj: object) -> int | None:
         if not isinstance(obj, Model):

@@ -170,7 +170,7 @@ def submit(
     ledger = Ledger(path_of(root, JobError, "root") / f"{id}.job")
     ledger.note(
         id=id, method=name, model=models[0].name, created=time.time(), call=blob, models=pack_models(models), state="running",
-        in_flight=in_flight, deadline=deadline, share=0.0, **versions(),
+        in_flight=in_flight, deadline=deadline, share=0.0, limit=elsewhere(models[0]).limit, **versions(),
     )  # fmt: skip
     runner = Runner(ledger, models)
     runner.begin()

@@ -123,8 +123,7 @@ class StandIn:
             size = int(handler.headers["content-length"])
             data = handler.rfile.read(size)
             self.keys.append(handler.headers.get("ndif-api-key"))
-            boundary = re.search("boundary=(.*)", handler.headers["content-type"]).group(1).encode()
-            parts = dict(re.search(rb'name="(\w+)"', part) and (re.search(rb'name="(\w+)"', part).group(1), part.partition(b"\r\n\r\n")[2][:-2]) for part in data.split(b"--" + boundary)[1:-1])
+            parts = parts_of(handler.headers["content-type"], data)
             envelope = json.loads(parts[b"data"])
             assert envelope["session_id"] == "" and envelope["compress"] is True
             id = envelope["id"]
@@ -156,3 +155,15 @@ class StandIn:
         """End a connection in the middle, as a network does."""
         handler.close_connection = True
         handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def parts_of(kind: str, data: bytes) -> dict[bytes, bytes]:
+    """The parts of a form as it is posted, by name."""
+    boundary = kind.partition("boundary=")[2].encode()
+    found = {}
+    for part in data.split(b"--" + boundary)[1:-1]:
+        head, _, content = part.partition(b"\r\n\r\n")
+        name = re.search(rb'name="(\w+)"', head)
+        assert name is not None
+        found[name.group(1)] = content[:-2]
+    return found
