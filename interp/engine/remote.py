@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from .identity import metric_digest, text_digest, value_digest
 from .ledger import Key, Ledger
 from .trace import Done, Function
 from .traffic import Traffic, in_order
+from .travels import by_source, refuse_imports
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -42,8 +42,6 @@ Args: TypeAlias = "tuple[Taps, list[Program], Metric | None]"
 #: progress is reported by request.
 REQUEST = 9600
 LEAST = 40
-#: Packages that a server has; a function of any other one travels by its source.
-ON_SERVER = {"torch", "numpy", "transformers", "nnsight", "builtins", "__main__", *sys.stdlib_module_names}
 
 
 def unpack(data: bytes, stored: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -88,15 +86,6 @@ def pack(value: Any, seen: dict[int, Any] | None = None) -> Any:
             made = Seen(*(pack(item, seen) for item in value))
         seen[id(value)] = made
     return seen[id(value)]
-
-
-def by_source(function: Any) -> None:
-    """Have the package of a function or of its class travel by source, unless every server has it."""
-    while hasattr(function, "func"):
-        function = function.func
-    module = getattr(function, "__module__", None) or type(function).__module__
-    if (root := module.split(".")[0]) not in ON_SERVER:
-        nnsight.register(root)
 
 
 def requests(programs: Sequence[Program], limit: int) -> list[list[int]]:
@@ -179,6 +168,7 @@ class Shipped:
         """A request as bytes. Raises BackendError where something in it has no form that can be sent."""
         nnsight.register(__name__.split(".")[0])
         _, programs, metric = args
+        refuse_imports(metric)
         views = {id(seen): seen for program in programs for seen in (program.get("views") or {}).values()}
         for item in (function, metric, *(part for seen in views.values() for part in seen)):
             if callable(item):

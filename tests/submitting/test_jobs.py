@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -133,12 +134,12 @@ def refuse(code: int, share: int, **headers: str) -> Callable[[Any], bool]:
     return fault
 
 
-def cut(share: int) -> Callable[[Any], bool]:
-    """Every n-th connection breaks, whatever it is for."""
-    count = iter(range(1, 10**6))
+def cut(share: float) -> Callable[[Any], bool]:
+    """A part of all connections break, whatever they are for."""
+    draw = random.Random(0)
 
     def fault(handler: Any) -> bool:
-        if next(count) % share:
+        if draw.random() > share:
             return False
         StandIn.cut(handler)
         return True
@@ -162,7 +163,7 @@ def half(handler: Any) -> bool:
 FAULTS = {
     "posts cut": lambda: drop_posts(3, after=False), "answers to posts cut": lambda: drop_posts(5, after=True),
     "502": lambda: refuse(502, 4), "503": lambda: refuse(503, 3), "429": lambda: refuse(429, 4, retry_after="0.05"),
-    "connections cut": lambda: cut(4), "half a result": lambda: half,
+    "connections cut": lambda: cut(0.2), "half a result": lambda: half,
 }  # fmt: skip
 
 
