@@ -116,6 +116,8 @@ class Errand:
                 if self.ledger is not None:
                     self.ledger.done(self.request.key, self.id, blob)
                 server = self.traffic.server
+                if not self.resumed and not self.losses:
+                    server.took(time.monotonic() - self.sent_at)
                 server.latest = max(server.latest, self.sent_at)
                 return answer
             except Lost as lost:
@@ -192,12 +194,15 @@ class Errand:
 
     def _follow(self) -> bytes:
         """Ask after the request until its result is here."""
-        ask = ASK
+        usual = self.traffic.server.usual
+        ask = max(ASK, min(usual / 10, ASK_MOST))
+        if self.told is None and usual:  # every question costs the server something: not before an answer may be there
+            self.traffic.pause(min(max(0.0, 0.5 * usual - (time.monotonic() - self.sent_at)), ASK_MOST))
         while True:
             self._check()
             told = self.wire.look(self.id)
             if told != self.told:
-                self.told, self.news, ask = told, time.monotonic(), min(ask, 0.2)
+                self.told, self.news = told, time.monotonic()
             if told is None:
                 self.last = "the server does not know it"
             else:

@@ -7,7 +7,6 @@ nnsight's own format: the serialised block of one session.
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from .backoff import out_of_memory
 from .errand import Sealed
 from .identity import metric_digest, text_digest, value_digest
 from .ledger import Key, Ledger
+from .sealing import serialise
 from .trace import Done, Function
 from .traffic import Traffic, in_order
 from .travels import by_source, refuse_imports
@@ -220,50 +220,6 @@ class Shipped:
                 if number >= finished:  # else a prepared run, done again
                     done(number, result)
             finished = group[-1] + 1
-
-
-class Sources:
-    """Stands for `inspect` where nnsight reads what is sent: each function's source is found once, not for every request."""
-
-    def __init__(self) -> None:
-        self._known: dict[object, tuple[list[str], int]] = {}
-
-    def __getattr__(self, name: str) -> Envoy:
-        return getattr(inspect, name)
-
-    def getsourcelines(self, function: Envoy) -> tuple[list[str], int]:
-        """As inspect's; OSError where there is no source."""
-        code = getattr(function, "__code__", None)
-        if code is None or hasattr(function, "__wrapped__"):
-            return inspect.getsourcelines(function)
-        if code not in self._known:
-            self._known[code] = inspect.getsourcelines(function)
-        return self._known[code]
-
-    def getsource(self, function: Envoy) -> str:
-        """As inspect's; OSError where there is no source."""
-        return "".join(self.getsourcelines(function)[0])
-
-
-_SOURCES = Sources()
-
-
-def serialise(tracer: Envoy) -> bytes:
-    """A session as it travels. Raises BackendError where something in it has no form that can be sent."""
-    from nnsight.intervention import serialization
-    from nnsight.schema.request import RequestModel
-
-    before, serialization.inspect = serialization.inspect, _SOURCES  # type: ignore[attr-defined]
-    try:
-        return RequestModel.serialize(tracer, compress=True)
-    except Exception as error:
-        raise BackendError(
-            f"this cannot be sent to a server: {type(error).__name__}: {error}. A metric must be a plain "
-            "function of (logits, batch) that uses torch alone and holds no lock, file, model or other "
-            "object of this process"
-        ) from error
-    finally:
-        serialization.inspect = before  # type: ignore[attr-defined]
 
 
 def failure(text: str, function: Function, where: str) -> BackendError:

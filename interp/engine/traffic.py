@@ -62,8 +62,14 @@ class Server:
         self.reached = False  # whether it ever answered
         self.away = 0.0  # when it was last seen not to be there
         self.latest = 0.0  # when the latest request was sent that is finished
+        self.usual = 0.0  # seconds that requests take of late
         self.parked = 0  # requests that are asked after, and hold up no other
         self._lock = threading.Lock()
+
+    def took(self, seconds: float) -> None:
+        """A request was answered after so long."""
+        with self._lock:
+            self.usual = seconds if not self.usual else 0.8 * self.usual + 0.2 * seconds
 
     def park(self, count: int) -> None:
         """So many more requests hold up no other."""

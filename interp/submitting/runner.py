@@ -116,7 +116,9 @@ class Runner:
         self.traffic.deadline = time.monotonic() + deadline
         self.traffic.server.reached = bool(ledger.counts()["sends"])  # a server that was there once is waited for
         limit = int(str(ledger.fact("limit")))  # other requests would be others to the ledger
-        ours = [replace(model, backend=elsewhere(model).for_job(ledger, self.traffic, in_flight, limit)) for model in models]
+        ours = [
+            replace(model, backend=elsewhere(model).for_job(ledger, self.traffic, in_flight, limit)) for model in models
+        ]
         method, args, kwargs = unpack_call(_bytes(ledger, "call"), ours)
         result = method(*args, **kwargs)
         if isinstance(result, Iterator):

@@ -9,11 +9,11 @@ import time
 
 
 class Proxy:
-    """Passes on what comes to `host`; `delay` seconds for each first word of either side; `cut()` ends all connections."""
+    """Passes on what comes to `host`, questions `delay` seconds later and answers `back`; `cut()` ends all connections."""
 
-    def __init__(self, target: str, delay: float = 0.0) -> None:
+    def __init__(self, target: str, delay: float = 0.0, back: float = 0.0) -> None:
         name, _, port = target.removeprefix("http://").partition(":")
-        self.target, self.delay = (name, int(port)), delay
+        self.target, self.delay, self.back = (name, int(port)), delay, back
         self.cuts = 0
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -39,7 +39,7 @@ class Proxy:
         for one in (client, server):
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._open |= {client, server}
-        back = threading.Thread(target=self._pass, args=(server, client, 0.0), daemon=True)
+        back = threading.Thread(target=self._pass, args=(server, client, self.back), daemon=True)
         back.start()
         self._pass(client, server, self.delay)
         back.join()
@@ -49,7 +49,7 @@ class Proxy:
         last = 0.0
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                if delay and time.monotonic() - last > delay / 2:  # a new question, not the rest of one
+                if delay and time.monotonic() - last > delay / 2:  # a new one, not the rest of one
                     time.sleep(delay)
                 last = time.monotonic()
                 sink.sendall(data)
