@@ -57,12 +57,28 @@ def evaluated(model: interp.Model) -> np.ndarray:
     return np.array([made.cpr, made.cmd, made.full, made.empty, *made.curve["metric"]])
 
 
+def audited(model: interp.Model) -> np.ndarray:
+    """What the audit says of the reads and writes of each kind: from afar where the weights are there, else with them."""
+    report = model.audit(layers=[0])
+    asked = [
+        ("z", "read"),
+        ("resid_pre", "read"),
+        ("logits", "read"),
+        ("v", "write"),
+        ("mlp_out", "write"),
+        ("z", "self-patch"),
+    ]
+    said = {(finding.kind, finding.what) for finding in report.findings if finding.ok}
+    return np.array([1.0 * (check in said) for check in asked] + [0.0 * len(report.failed)])
+
+
 METHODS: dict[str, Callable[[interp.Model], Any]] = {
     "ablate": lambda m: interp.ablate(m, PAIRS, interp.heads(["z"], layers=[0, 1]), "mean"),
     "attribute": lambda m: interp.attribute(m, PAIRS, GRID),
     "attribute by integrated gradients": lambda m: interp.attribute(m, PAIRS, GRID, method="ig", steps=2),
     "attention_patterns": lambda m: attention_patterns(m, IDS[0], layers=[1], values=False),
     "attribution_graph": graph,
+    "audit": audited,
     "causal_trace": lambda m: interp.causal_trace(m, PAIRS, samples=2, window=1),
     "collect_activations": lambda m: interp.collect_activations(m, IDS, 1, "mlp_out"),
     "collect_activations to disk": stored,

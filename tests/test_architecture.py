@@ -48,7 +48,7 @@ SHIPPED = (
     "models/layout.py", "engine/trace.py", "engine/forward.py",
     "engine/attention.py", "engine/state.py", "engine/readout.py", "engine/edges.py", "engine/gradients.py",
     "engine/edge_gradients.py", "engine/feature_edges.py", "engine/frozen.py", "engine/generating.py", "engine/rotary.py",
-    "engine/views.py",
+    "engine/views.py", "engine/hooked.py",
     "saes/readers.py",
 )  # fmt: skip
 #: Packages that one room alone may import, wherever in its files.

@@ -14,6 +14,7 @@ from ..journal import experiment
 from ..models.model import Model
 from ..models.steady import steady
 from ..views import View
+from .afar import audit_from_afar
 from .laws import check_laws
 from .plain import plain_run
 from .reads import check_reads as _read_findings
@@ -30,11 +31,6 @@ def _prompt(model: Model, length: int, seed: int) -> list[int]:
     special = set(getattr(model.tokenizer, "all_special_ids", ()))
     ids = torch.randint(0, model.vocab_size, (4 * length,), generator=generator).tolist()
     return [*model.prefix_ids, *[token for token in ids if token not in special]][:length]
-
-
-def _local(model: Model) -> None:
-    if any(parameter.is_meta for parameter in model.hf.parameters()):
-        raise AuditError(f"the audit of {model.name} needs its weights here, but they live on a remote deployment")
 
 
 @contextmanager
@@ -78,10 +74,16 @@ def audit(
         AuditReport; kinds that failed are refused by later experiments on this model, with the reason.
 
     Raises:
-        AuditError: the logits of a traced run differ from the plain model's, or the weights are not here.
+        AuditError: the logits of a traced run differ from the plain model's, or no forward pass can follow its row.
+
+    Where the weights are on a server, its reads and writes are checked there (`interp.audit.afar`); laws of edges and gradients,
+    which ask single modules, need them here.
     """
-    _local(model)
     prompt, other = _prompt(model, length, 0), _prompt(model, length, 1)
+    if not model.backend.weights_here:
+        report = _report(model, audit_from_afar(model, prompt, other))
+        _refuse(model, report)
+        return report
     with _row_on_trial(model):
         plain = plain_run(model, prompt, gradients=True)
         run, kinds, lost = read_all(model, prompt)
@@ -98,7 +100,6 @@ def audit(
 
 def check_reads(model: Model) -> AuditReport:
     """One short forward that checks all reads; `load_model` runs it. Sites that fail are refused, with a warning."""
-    _local(model)
     prompt, other = _prompt(model, 5, 0), _prompt(model, 5, 1)
     with _row_on_trial(model):
         plain = plain_run(model, prompt, gradients=True)

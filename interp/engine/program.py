@@ -67,4 +67,5 @@ class Program(TypedDict, total=False):
     by_edge: bool  # whether scores of edges are wanted instead, see `edge_gradients`
     columns: Tensor | None  # [pair, position] the source position that belongs to each base position (None: the same)
     drop: Sequence[int]  # layers to drop one at a time in the backward pass (GradDrop)
+    plain: dict[str, list[object]]  # a forward pass with hooks alone, see `interp.engine.hooked`
     exact_qk: bool  # whether q and k go through the softmax exactly (AtP*)
