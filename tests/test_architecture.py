@@ -22,7 +22,7 @@ ROOT = Path(interp.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 #: Rooms from the first to the last: a module imports from rooms that stand before its own.
 ROOMS = (
-    "errors", "journal", "packages", "markup", "files", "seeds", "order", "sites", "findings", "generated", "cached",
+    "errors", "journal", "packages", "markup", "files", "seeds", "order", "sites", "estimates", "findings", "generated", "cached",
     "edits", "views", "metrics", "tokens", "prompts", "encoded", "pairs", "cells", "product", "plan", "options",
     "spans", "effects", "models", "engine", "audit", "shards", "shuffled", "corpora", "windows", "generation",
     "running", "direct", "submitting", "methods", "saes", "steering", "circuits", "plots", "reports", "tracking", "tasks",

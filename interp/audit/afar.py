@@ -8,7 +8,6 @@ a hook does. A handful of requests with random prompts; no weight comes here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -34,15 +33,6 @@ AS = {"head_out": "z", **BETWEEN}
 #: Rows of writes in one forward pass, at most.
 ROWS = 64
 Spot = tuple[str, str]
-
-
-class Joining(TypedDict):
-    """Rows that join, and the edits that are made in them."""
-
-    edits: list[tuple[int, ...]]
-    values: dict[tuple[int, str], Tensor]
-    origin: list[int]
-    stage: list[int]
 
 
 def ask(model: Model, programs: Sequence[Program], function: Function = execute) -> list[Found]:
@@ -219,7 +209,7 @@ def check_inside(
                 origin=[0] * count,
                 stage=[layer] * count,
                 last=last,
-            )  # fmt: skip
+            )
         )
     for layer, found in enumerate(ask(model, programs)):
         got = {kind: value.cpu() for (_, kind), value in found["reads"].items()}

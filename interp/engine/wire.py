@@ -77,6 +77,8 @@ class Wire:
 
     def __init__(self, host: str | None, largest: int = LARGEST) -> None:
         self.host = str(host or nnsight.CONFIG.API.HOST).rstrip("/")
+        if not self.host.startswith(("http://", "https://")):
+            raise BackendError(f"{self.host!r} is no address of a server; write http://host:port or https://host")
         self.largest = largest
         key = key_for(self.host)
         self._key = key

@@ -78,6 +78,7 @@ def load_model(
 
     from ..audit import audit, check_reads
     from ..engine.backends import Local, make_backend
+    from ..engine.estimate import estimate
     from ..generation import generate
     from ..running import run
 
@@ -127,7 +128,7 @@ def load_model(
         where = {} if getattr(hf, "hf_device_map", None) is not None else {"device": hf.device}  # where it is, it stays
         nn = wrapped(hf, tokenizer=known, task="text-generation", **where)
     taps, revision = make_taps(hf, family), revision or commit
-    functions = (audit, generate, run)
+    functions = (audit, generate, run, estimate)
     made = Model(name, hf, nn, tokenizer, family, taps, backend, prefix or "", revision, note, *functions, again(given))
     if check and isinstance(backend, Local):
         check_reads(made)

@@ -14,6 +14,7 @@ import torch
 from ..cached import ForwardPass, TokenIds
 from ..edits import Edit
 from ..errors import AuditError, PairsError, SiteError, SiteUnavailableError
+from ..estimates import Estimate
 from ..findings import AuditReport
 from ..generated import Generation
 from ..order import Order
@@ -58,6 +59,8 @@ class Model:
     generator: Callable[..., Generation] | None = None
     #: what runs prompts through it
     runner: Callable[..., ForwardPass] | None = None
+    #: what tells what an experiment would take on a server
+    estimator: Callable[..., Estimate] | None = None
     #: the call of `load_model` that made it, without passwords; nothing for a module in memory
     loaded: Mapping[str, object] = field(default_factory=dict)
     #: sites refused because an audit showed them to be wrong: {kind: reason}
@@ -274,6 +277,11 @@ class Model:
         """Logits, and a labelled cache of the sites asked for, by our names or TransformerLens's. See `interp.running.run`."""
         assert self.runner is not None, "made by load_model"
         return self.runner(self, prompt, sites, **options)
+
+    def estimate(self, plan: object, pairs: PromptPairs, **options: Envoy) -> Estimate:
+        """What patching a plan takes on the server of this model, before anything is sent. See `interp.engine.estimate`."""
+        assert self.estimator is not None, "made by load_model"
+        return self.estimator(self, plan, pairs, **options)
 
     def logits(self, prompt: Given, edits: Edit | Sequence[Edit] = ()) -> torch.Tensor:
         """What comes next at every token, `[prompt, position, d_vocab]` fp32; NaN behind a prompt's end. See `run`."""
