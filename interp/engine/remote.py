@@ -101,7 +101,9 @@ def requests(programs: Sequence[Program], limit: int) -> list[list[int]]:
     for number, program in enumerate(programs):
         full = sum(sizes[member] for member in made[-1]) + sizes[number] > limit
         if full and made[-1] and made[-1] != [ready]:
-            made.append([ready] if "use" in program else [])
+            made.append([])
+        if "use" in program and ready not in made[-1]:
+            made[-1].append(ready)
         made[-1].append(number)
         if program.get("keep") is not None:
             ready = number

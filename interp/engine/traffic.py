@@ -89,13 +89,13 @@ def in_order(tasks: Iterator[Callable[[], T]], count: int, traffic: Traffic) -> 
             if traffic.stopped:
                 raise Stopped
             running = [future for future in begun if not future.done()]
-            if more and len(running) - traffic.server.parked < count:
+            if begun and begun[0].done():
+                yield begun.popleft().result()
+            elif more and len(running) - traffic.server.parked < count:
                 if (task := next(tasks, None)) is None:
                     more = False
                 else:
                     begun.append(begin(task))
-            elif begun[0].done():
-                yield begun.popleft().result()
             else:
                 wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
     finally:
