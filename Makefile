@@ -15,7 +15,7 @@ KERNELS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_I
 NUMBERS := $(addprefix tests/,audit circuits engine models oracle tasks $(addprefix test_,$(addsuffix .py,ablation \
   attribution circuit_recipes collect lens methods_simulated metrics patching paths readme recipes tracing)))
 
-.PHONY: help demo docs families notebooks test test-slow test-kernels gpu lint types bench clean
+.PHONY: help demo docs families notebooks test test-slow test-kernels gpu ndif-up ndif-down test-ndif lint types bench clean
 
 help:
 	@echo "make demo       activation patching on the bundled real model; results under artifacts/"
@@ -25,6 +25,8 @@ help:
 	@echo "make families   audits every family and writes docs/families.md"
 	@echo "make docs       writes the site of docs/ into site/; open site/index.html"
 	@echo "make notebooks  strips the notebooks of recipes/, runs them and writes docs/tutorials/"
+	@echo "make ndif-up    an NDIF server of your own, on this machine's CPU; make ndif-down stops it"
+	@echo "make test-ndif  the tests against that server (some minutes; needs redis-server)"
 	@echo "make lint       ruff                               make types      mypy"
 	@echo "make clean      removes .venv and tool caches, keeps artifacts/ and converted models"
 
@@ -51,6 +53,18 @@ test-kernels: $(STAMP)
 gpu: $(STAMP)
 	$(PY) -m pytest -m gpu || test $$? -eq 5
 	$(PY) benchmarks/gpu.py $(ARGS)
+
+# A real NDIF server on loopback: Redis, S3, Ray, NDIF's controller and API, two models. All of it lies in .ndif/.
+ndif-up: $(STAMP)
+	$(PY) -m tests.ndif.deployment up $(ARGS)
+
+ndif-down: $(STAMP)
+	$(PY) -m tests.ndif.deployment down
+
+# Brings the server up where it is not, and down again behind the tests.
+test-ndif: $(STAMP)
+	env -u HF_HUB_OFFLINE HF_ENDPOINT=$$($(PY) -m tests.ndif.deployment hub) HF_HUB_DISABLE_XET=1 \
+	  $(PY) -m pytest -m ndif tests/ndif $(ARGS)
 
 # Audits a model of every family and writes the table of docs/families.md: needed after a change of a row or of the audit.
 families: $(STAMP)

@@ -42,6 +42,7 @@ from .windows import (
     places_of,
     prompts_from,
     sites_of,
+    top_of,
     windows,
     without_massive,
 )
@@ -65,6 +66,7 @@ class CollectOptions(TypedDict, total=False):
     documents: bool
     drop: Sequence[str]
     tokens: int | None
+    top_k: int | None
 
 
 @experiment
@@ -99,6 +101,8 @@ def collect_activations(
             is longer than three medians. In the residual stream a few of these hold much of the variance.
         tokens: stop after so many tokens (massive ones counted).
         dtype: of the result; by default the model's.
+        top_k: of each row the so many largest numbers alone, found where the model runs: of a dictionary's view its most active
+            features. Under the site's name their values `[token, k]`, largest first, under "<name>.index" which they are.
         padded: one row per text, `[text, position, …]`: NaN where a text has no such position.
         index: return `(activations, index)`, index `[token, 2]` the text and position of every row.
         stream: an iterator over windows of texts, each a result of its own, in the order of the texts.
@@ -135,7 +139,8 @@ def collect_activations(
     sites = sites_of(model, layer, component)
     places = (-1,) if positions == "last" else places_of(positions)
     request = request_of(model, sites, cut, dtype or model.dtype, batch_tokens)
-    request = replace(request, positions=places, keep_prefix=keep_prefix, max_length=max_length)
+    top_k = top_of(model, sites, form.get("top_k"), padded)
+    request = replace(request, positions=places, keep_prefix=keep_prefix, max_length=max_length, top_k=top_k)
     listed: Any = texts.clean if isinstance(texts, PromptPairs) else [texts] if isinstance(texts, str) else texts
     total = len(listed) if isinstance(listed, list | tuple) else None
     if to_disk is not None:
@@ -143,20 +148,17 @@ def collect_activations(
             request, listed, path_of(to_disk, CheckpointError, "to_disk"), batch_tokens is None, bar_of(total, progress)
         )
     run_windows = (run_window(request, prompts) for prompts in windows(request, listed, bar_of(total, progress)))
-    several = len(sites) > 1
+    several = len(sites) > 1 or top_k is not None
     if stream:
         return (shaped(window, several, index) for window in run_windows)
-    whole = list(run_windows)
-    if not whole:
+    if not (whole := list(run_windows)):
         raise PlanError("collect_activations was given no text")
     joined = Window(
-        {name: torch.cat([window.values[name] for window in whole]) for name, _ in sites},
+        {name: torch.cat([window.values[name] for window in whole]) for name in whole[0].values},
         torch.cat([window.index for window in whole]),
         sum(window.texts for window in whole),
     )
-    if padded:
-        return shaped(pad(joined, request.positions), several, False)
-    return shaped(joined, several, index)
+    return shaped(pad(joined, request.positions) if padded else joined, several, index and not padded)
 
 
 def request_of(
@@ -203,22 +205,25 @@ def run_window(request: Request, prompts: Sequence[Prompt]) -> Window:
         ]
         rows, columns = torch.tensor(tokens).reshape(-1, 2).unbind(1)
         made = read_program(model, [prompts[i].ids for i in chosen], reads, last=last, views=views)
-        made["readout"] = {"kind": "tokens", "rows": rows, "columns": columns}
+        made["readout"] = {"kind": "tokens", "rows": rows, "columns": columns, "top": request.top_k}
         return made
 
     def put(piece: Reading, result: Found) -> None:
         target = torch.tensor([row for i in piece.asked for row in range(starts[i], starts[i + 1])], dtype=torch.long)
         for name, site in request.sites:
-            value = result["reads"].pop(site.place).to("cpu", request.dtype)
-            if name not in values:
-                values[name] = value.new_empty(starts[-1], *value.shape[1:])
-            values[name][target] = value
+            found = {name: result["reads"].pop(site.place).to("cpu", request.dtype)}
+            if request.top_k is not None:
+                found[f"{name}.index"] = result["top"].pop(site.place).to("cpu", torch.int32)
+            for own, value in found.items():
+                if own not in values:
+                    values[own] = value.new_empty(starts[-1], *value.shape[1:])
+                values[own][target] = value
 
     groups = packed([len(prompt.ids) for prompt in prompts], request.batch_tokens)
     pieces = [Reading.of(group, program) for group in groups if any(prompts[i].places for i in group)]
     run_readings(model, pieces, put)
     for name, site in request.sites:
-        values.setdefault(name, torch.empty(0, model.width_of(site), dtype=request.dtype))
+        values.setdefault(name, torch.empty(0, request.top_k or model.width_of(site), dtype=request.dtype))
     index = torch.tensor([at for prompt in prompts for at in prompt.index], dtype=torch.int32).reshape(-1, 2)
     window = Window(values, index, len(prompts))
     return without_massive(window) if "massive" in request.cut.drop else window
@@ -255,8 +260,7 @@ def write(request: Request, texts: Iterable[Any], folder: Path, free: bool, bar:
         for prompts in windows(request, texts, bar):
             digest = hashlib.sha256(repr([prompt.ids for prompt in prompts]).encode()).hexdigest()
             ends = [prompt.index[place][0] for prompt, place in ((prompts[0], 0), (prompts[-1], -1)) if prompt.index]
-            said = f"texts {' to '.join(map(str, ends))}"
-            yield digest, said, partial(tensors_of, request, prompts)
+            yield digest, f"texts {' to '.join(map(str, ends))}", partial(tensors_of, request, prompts)
 
     return write_shards(folder, {**request.facts(), **sizes}, steps())
 
@@ -278,9 +282,9 @@ def disk_need(request: Request, texts: Iterable[Any], folder: Path) -> str:
         tokens = int(found * sum(map(len, texts)) / max(1, sum(map(len, few))))
     if tokens is None:
         return ""
-    row = request.dtype.itemsize * sum(request.model.width_of(site) for _, site in request.sites) + 8
-    there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    need = max(0, tokens * row - there)
+    numbers = sum(request.top_k or request.model.width_of(site) for _, site in request.sites)
+    row = numbers * (request.dtype.itemsize + 4 * (request.top_k is not None)) + 8
+    need = max(0, tokens * row - sum(file.stat().st_size for file in folder.glob("*.safetensors")))
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(parent).free
     if need > free:
@@ -293,5 +297,4 @@ def disk_need(request: Request, texts: Iterable[Any], folder: Path) -> str:
 
 def tensors_of(request: Request, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """What a shard holds."""
-    window = run_window(request, prompts)
-    return {**window.values, "index": window.index}
+    return {**(window := run_window(request, prompts)).values, "index": window.index}

@@ -78,7 +78,7 @@ class StoredActivations:
             PlanError: no such site. CheckpointError: a shard that is missing or damaged.
         """
         name = name or self.names[0]
-        if name not in (*self.names, "index"):
+        if name.removesuffix(".index") not in (*self.names, "index"):
             raise PlanError(f"{self.folder} holds no {name!r}; it holds {', '.join(self.names)}")
         for shard in self.facts["shards"]:
             try:

@@ -73,6 +73,7 @@ class Request:
     batch_tokens: int
     window_tokens: int
     cut: Cut = Cut()
+    top_k: int | None = None
 
     @property
     def views(self) -> dict[str, Seen]:
@@ -92,6 +93,7 @@ class Request:
             "max_length": self.max_length,
             "dtype": str(self.dtype).removeprefix("torch."),
             **({"views": value_digest(self.views)} if self.views else {}),
+            **({"top_k": self.top_k} if self.top_k is not None else {}),
             **self.cut.facts(),
         }
 
@@ -274,3 +276,17 @@ def without_massive(window: Window) -> Window:
     length = first.flatten(1).float().norm(dim=-1)
     kept = length <= MASSIVE * length.median()
     return Window({name: value[kept] for name, value in window.values.items()}, window.index[kept], window.texts)
+
+
+def top_of(model: Model, sites: Sequence[tuple[str, Site]], top_k: Any, padded: bool) -> int | None:
+    """How many numbers of each row are wanted; None for all. PlanError: more than there are, or in rows of one length."""
+    if top_k is None:
+        return None
+    count = integers(top_k, "top_k")[0]
+    for name, site in sites:
+        width = model.width_of(site)
+        if count < 1 or count > width or padded:
+            raise PlanError(
+                f"top_k={count} of {name}: it is 1 to {width} numbers of each row, and does not go with padded="
+            )
+    return count

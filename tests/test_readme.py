@@ -42,7 +42,9 @@ def test_blocks_print_what_they_say(bundled: interp.Model, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     load = interp.load_model
     here = ((BUNDLED,), ("gpt2",))  # no hub answers in tests
-    monkeypatch.setattr(interp, "load_model", lambda *of, **more: bundled if of in here else load(*of, **more))
+    monkeypatch.setattr(
+        interp, "load_model", lambda *of, **more: bundled if of in here and not more else load(*of, **more)
+    )
     names: dict[str, object] = {}
     assert len(blocks()) > 5
     for line, block in blocks():

@@ -126,3 +126,15 @@ def test_recipes_use_public_names_only(path: Path) -> None:
     assert used <= {*interp.__all__, "cli", "lens", "plots", "saes", "studies"}
     modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {module for module in modules if module.split(".")[0] == "interp"}
+
+
+def test_a_remote_sweep_and_the_same_found_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a worker process; loaded again nothing is sent, and the page is written anew."""
+    sweep = recipe("remote_sweep")
+    page = sweep.main(["--n", "1", "--layers", "3", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "requests: 1" in said and "--resume" in said and page.stat().st_size > 10_000
+    before = interp.Effects.load(page.with_suffix(".nc")).values
+    page.unlink()
+    assert sweep.main(["--resume", str(tmp_path / "sweep.job")]) == page and page.exists()
+    assert interp.Effects.load(page.with_suffix(".nc")).values.equals(before)

@@ -81,7 +81,7 @@ class Ndif(Shipped):
         where = f"the server at {self.where}"
         if said.startswith("Could not deploy this model"):
             return BackendError(
-                f"{where} cannot run {model.name}: {said.strip()} Give the hub id of a model that it has or can load: "
-                f"interp.remote_status({self.where!r}) lists those that it runs"
+                f"{where} cannot run {model.name}; interp.remote_status({self.where!r}) lists what it runs, another's hub id has "
+                f"it load that. It said: {' '.join(said.split())[:600]}"
             )
         return failure(said, function, where)

@@ -3,7 +3,8 @@
 Standard library and torch only: these functions are shipped by source to a remote server. A program asks for one of
 them in `readout`, a dictionary with `kind`:
 
-    "tokens"  `rows`, `columns` [token]: the activations that are read, at these tokens alone
+    "tokens"  `rows`, `columns` [token]: the activations that are read, at these tokens alone; `top`: the so many largest numbers
+              of each, and under "top" which they are
     "sums"    `rows`, `columns`, `place` [token], `places`: sums over the tokens of each place, fp32
     "lens"    `layers`, `rows`, `columns`, `next` [token] (-1: none), `top`: what each layer's stream says comes next; of the
               last layer that is what the model says
@@ -33,13 +34,16 @@ def readout(model: Envoy, run: Run) -> dict[str, Any]:
     if spec["kind"] == "direct":
         return direct(model, run, spec)
     reads: dict[tuple[int, str], Tensor] = {}
+    top: dict[tuple[int, str], Tensor] = {}
     for site, value in run.kept.items():
         chosen = value[spec["rows"].to(value.device), spec["columns"].to(value.device)]
         if spec["kind"] == "sums":
             total = chosen.new_zeros(spec["places"], *chosen.shape[1:], dtype=torch.float32)
             chosen = total.index_add_(0, spec["place"].to(value.device), chosen.float())
+        elif spec.get("top") is not None:
+            chosen, top[site] = chosen.flatten(1).topk(spec["top"])
         reads[site] = chosen
-    return {"reads": reads}
+    return {"reads": reads, "top": top} if top else {"reads": reads}
 
 
 def lens_rows(run: Run, hidden: Tensor) -> Tensor:

@@ -53,13 +53,10 @@ class Model:
     prefix: str = ""
     revision: str = ""
     note: str = ""
-    #: what audits it: given by `load_model`, since an audit runs the engine, which needs models
+    #: what audits it, makes tokens with it, runs prompts and estimates: given by `load_model`, since they run the engine
     auditor: Callable[..., AuditReport] | None = None
-    #: what makes tokens with it: given likewise
     generator: Callable[..., Generation] | None = None
-    #: what runs prompts through it
     runner: Callable[..., ForwardPass] | None = None
-    #: what tells what an experiment would take on a server
     estimator: Callable[..., Estimate] | None = None
     #: the call of `load_model` that made it, without passwords; nothing for a module in memory
     loaded: Mapping[str, object] = field(default_factory=dict)
@@ -69,9 +66,19 @@ class Model:
     @property
     def provenance(self) -> dict[str, object]:
         """What a record says of the model that it is about."""
-        return {"model": self.name, "revision": self.revision, "note": self.note, "family": self.family.name,
-                "n_layers": self.n_layers, "prefix": self.prefix, "device": str(self.device),
-                "dtype": str(self.dtype).removeprefix("torch.")}  # fmt: skip
+        own = {
+            "model": self.name,
+            "revision": self.revision,
+            "note": self.note,
+            "family": self.family.name,
+            "prefix": self.prefix,
+        }
+        return {
+            **own,
+            "n_layers": self.n_layers,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
     @property
     def n_layers(self) -> int:
@@ -279,9 +286,8 @@ class Model:
         return self.runner(self, prompt, sites, **options)
 
     def estimate(self, plan: object, pairs: PromptPairs, **options: Envoy) -> Estimate:
-        """What patching a plan takes on the server of this model, before anything is sent. See `interp.engine.estimate`."""
-        assert self.estimator is not None, "made by load_model"
-        return self.estimator(self, plan, pairs, **options)
+        """What patching a plan takes on this model's server; nothing is sent. See `interp.engine.estimate`."""
+        return self.estimator(self, plan, pairs, **options)  # type: ignore[misc]  # made by load_model
 
     def logits(self, prompt: Given, edits: Edit | Sequence[Edit] = ()) -> torch.Tensor:
         """What comes next at every token, `[prompt, position, d_vocab]` fp32; NaN behind a prompt's end. See `run`."""

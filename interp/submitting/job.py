@@ -30,6 +30,14 @@ class Job:
 
     `method` and `model` are what it runs, `path` is its file. It runs in a thread of this process; whatever ends that, the job
     goes on from its file.
+
+    Examples:
+        >>> there = interp.load_model("smollm2-135m", backend="simulated")
+        >>> job = interp.submit(interp.patch, there, pairs, interp.grid("mlp_out", layers=[3]))
+        >>> path = job.save("sweep.job")
+        >>> effects = job.result()
+        >>> interp.Job.load(path).status
+        'done'
     """
 
     def __init__(self, runner: Runner) -> None:

@@ -26,6 +26,13 @@ def jobs(root: str | Path = "artifacts/jobs") -> pd.DataFrame:
         A table: id, method, model, state ("running", "done", "failed", "cancelled", "stopped"), share (of the method's present
         work that is done, 0 to 1), requests answered and sent, age (since it was submitted), path. `interp.Job.load(path)`
         goes on with one.
+
+    Examples:
+        >>> there = interp.load_model("smollm2-135m", backend="simulated")
+        >>> job = interp.submit(interp.logit_lens, there, list(pairs.clean), root="my_jobs")
+        >>> lens = job.result()
+        >>> interp.jobs("my_jobs")[["method", "state", "share"]].values.tolist()
+        [['logit_lens', 'done', 1.0]]
     """
     folder = path_of(root, JobError, "root")
     files = [*folder.glob("*.job"), *(Path(file.read_text()) for file in folder.glob(f"*{POINTER}"))]

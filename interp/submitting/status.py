@@ -67,6 +67,13 @@ def remote_status(host: str | None = None) -> RemoteStatus:
 
     Raises:
         BackendError: nobody answers there, it is no NDIF server, or it wants a key.
+
+    Examples:
+        >>> try:
+        ...     status = interp.remote_status("http://127.0.0.1:9")
+        ... except interp.errors.BackendError as error:
+        ...     print(str(error).partition(" (")[0])
+        no connection to http://127.0.0.1:9
     """
     wire = Wire(host)
     try:

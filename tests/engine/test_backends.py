@@ -149,7 +149,12 @@ def test_requests_hold_every_program_once_and_what_it_uses() -> None:
     assert requests(programs, 1) == [[0, 1], [0, 2], [0, 3], [0, 4], [0, 5], [6], [7, 8], [7, 9]]
     assert requests(programs, 10**9) == [list(range(10))]
     assert requests([], 1) == []
-    mixed = [program(keep=[1]), program(**use), program(), program(**use)]  # one between that uses nothing begins a request
+    mixed = [
+        program(keep=[1]),
+        program(**use),
+        program(),
+        program(**use),
+    ]  # one between that uses nothing begins a request
     assert requests(mixed, 200) == [[0, 1], [2, 0, 3]]
     short = [{"scored": torch.arange(1), "inputs": {"input_ids": torch.zeros(1, 2)}}] * 100
     assert len(requests(short, 1000)) == 4  # many short forward passes are long too

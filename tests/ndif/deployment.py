@@ -1,6 +1,6 @@
 """A deployment of NDIF on this machine, CPU and loopback only: made, started, hurt and stopped.
 
-    python -m tests.ndif.deployment up|down|status
+    python -m tests.ndif.deployment up|down|status|hub
 
 Redis, an S3 of moto's, Ray, NDIF's controller and API, and a model actor (`actor.py`) for each model; the hub is `hub.py`. All of
 it lies in `.ndif/` (INTERP_NDIF_WORK), the server's environment in `.ndif/venv` (INTERP_NDIF_VENV). Processes are stopped by the
@@ -326,6 +326,8 @@ def main() -> None:
         print(f"export HF_ENDPOINT={deployment.hub} INTERP_NDIF_HOST={deployment.host}")
     elif word == "down":
         deployment.down()
+    elif word == "hub":
+        print(deployment.hub)
     elif word == "status":
         print("up" if deployment.is_up() else "down", deployment.host)
     else:

@@ -161,7 +161,7 @@ def test_a_model_that_the_server_cannot_run(there: interp.Model, server: StandIn
     server.error = lambda id: (
         "Could not deploy this model. Repository Not Found: make sure you specified the correct `repo_id`."
     )
-    with pytest.raises(BackendError, match=r"cannot run .*Repository Not Found.*remote_status\('http"):
+    with pytest.raises(BackendError, match=r"cannot run .*remote_status\('http.*Repository Not Found"):
         interp.patch(there, PAIRS, PLAN, **OPTIONS)
 
 
