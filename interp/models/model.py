@@ -66,19 +66,9 @@ class Model:
     @property
     def provenance(self) -> dict[str, object]:
         """What a record says of the model that it is about."""
-        own = {
-            "model": self.name,
-            "revision": self.revision,
-            "note": self.note,
-            "family": self.family.name,
-            "prefix": self.prefix,
-        }
-        return {
-            **own,
-            "n_layers": self.n_layers,
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
+        return {"model": self.name, "revision": self.revision, "note": self.note, "family": self.family.name,
+                "n_layers": self.n_layers, "prefix": self.prefix, "device": str(self.device),
+                "dtype": str(self.dtype).removeprefix("torch.")}  # fmt: skip
 
     @property
     def n_layers(self) -> int:
@@ -267,13 +257,12 @@ class Model:
         """
         for name in names:
             if name in self.refused:
-                what = f"the law of {name}" if name not in KINDS else name
+                what = name if name in KINDS else f"the law of {name}"
                 raise AuditError(f"{method} rests on {what}, which is refused on {self.name}: {self.refused[name]}")
 
     def audit(self, **options: Any) -> AuditReport:
         """Prove every tap of this model, read and write; a site that fails is refused from then on. See `interp.audit`."""
-        assert self.auditor is not None, "made by load_model"
-        return self.auditor(self, **options)
+        return self.auditor(self, **options)  # type: ignore[misc]  # made by load_model
 
     def generate(self, prompt: Given, edits: Sequence[Edit] = (), steps: int = 20, **options: Any) -> Generation:
         """Make tokens with edits that hold while they are made. See `interp.generation.generate`."""
