@@ -76,13 +76,11 @@ class Errand:
         known = ledger.find(request.key) if ledger is not None else None
         self.id = known.id if known is not None and known.state == "sent" else ""
         self.resumed, self.where = bool(self.id), PERHAPS if self.id else HERE
-        self.sent_at = (
-            0.0 if self.resumed else self.began
-        )  # of what another process sent nobody knows when, on this clock
+        self.sent_at = 0.0 if self.resumed else self.began  # of what another process sent nobody knows when
         self.told: Told | None = None  # what the server said last
         self.news = self.began  # when it said something new
         self.unknown = 0  # how often in a row it knew of no such request
-        self.losses, self.received, self.parked = 0, 0, False
+        self.losses, self.received, self.parked, self.over = 0, 0, False, False
         self.last = "it was not sent yet"
 
     def tell(self, what: str, said: object = "") -> None:
@@ -126,8 +124,10 @@ class Errand:
                 self._interrupted(passed)
                 pause = max(pause, passed.wait)
             except BackendError as error:
-                if self.ledger is not None:
+                if self.ledger is not None and self.over:
                     self.ledger.failed(self.request.key, self.id, str(error))
+                else:  # it may be run there all the same: whoever goes on asks after it
+                    self.tell("given up", str(error).split("\n")[0])
                 raise
             self.traffic.pause(pause * self.traffic.random.uniform(0.5, 1.0))
             pause = min(2 * pause, PAUSE_MOST)
@@ -244,6 +244,7 @@ class Errand:
         """A request that the server says has failed: by no fault of its own, or in what was sent."""
         if "traceback" not in said.lower() and any(excuse in said.lower() for excuse in EXCUSES):
             return Lost(said.split("\n")[0], ended=True)
+        self.over = True
         return self.explain(said)
 
 

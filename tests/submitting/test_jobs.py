@@ -278,6 +278,26 @@ def test_cancelling(there: interp.Model, server: StandIn, expected: np.ndarray, 
     once(server, again)
 
 
+def test_a_deadline_that_is_over_loses_nothing(
+    there: interp.Model, server: StandIn, expected: np.ndarray, tmp_path: Path
+) -> None:
+    """What was on its way is asked after by whoever goes on, and is not sent again."""
+    server.held.clear()
+    job = submit(there, tmp_path, deadline=1.5)
+    wait_for(lambda: server.waiting() == 4)
+    with pytest.raises(
+        BackendError, match=r"no result within the time allowed: the server said QUEUED.*interp.Job.load"
+    ):
+        job.result(60)
+    assert job.status == "failed" and any(what == "given up" for _, _, what, _ in job.events)
+    server.held.set()
+    wait_for(lambda: server.waiting() == 0)
+    job._ledger.note(deadline=300.0)
+    again = interp.Job.load(job.path, there)
+    same(again, expected)
+    once(server, again)
+
+
 def broken(logits: Any, batch: Any) -> Any:
     if logits.shape[-1] and os.environ.get("INTERP_HERE") != "yes":
         raise RuntimeError("a fault of mine")
