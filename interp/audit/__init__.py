@@ -33,6 +33,11 @@ def _prompt(model: Model, length: int, seed: int) -> list[int]:
     return [*model.prefix_ids, *[token for token in ids if token not in special]][:length]
 
 
+def _local(model: Model) -> None:
+    if any(parameter.is_meta for parameter in model.hf.parameters()):
+        raise AuditError(f"the audit of {model.name} needs its weights here, but its module is on the meta device")
+
+
 @contextmanager
 def _row_on_trial(model: Model) -> Iterator[None]:
     """A row so wrong that no forward pass can follow it fails in many ways; they all mean one thing."""
@@ -84,6 +89,7 @@ def audit(
         report = _report(model, audit_from_afar(model, prompt, other))
         _refuse(model, report)
         return report
+    _local(model)
     with _row_on_trial(model):
         plain = plain_run(model, prompt, gradients=True)
         run, kinds, lost = read_all(model, prompt)
@@ -100,6 +106,7 @@ def audit(
 
 def check_reads(model: Model) -> AuditReport:
     """One short forward that checks all reads; `load_model` runs it. Sites that fail are refused, with a warning."""
+    _local(model)
     prompt, other = _prompt(model, 5, 0), _prompt(model, 5, 1)
     with _row_on_trial(model):
         plain = plain_run(model, prompt, gradients=True)
