@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: Requests that are on their way at once.
 IN_FLIGHT = 4
-_COUNTING = threading.Lock()
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def model_key(nn: Envoy) -> str:
@@ -62,17 +62,18 @@ class Ndif(Shipped):
 
     def wire(self) -> Wire:
         """The connection, made where there is none. Raises BackendError: a key is needed, and missing."""
-        if self._wire is None or self._wire.host != self.where.rstrip("/"):
-            self._wire = Wire(self.host)
-        self._wire.largest = self.largest
-        return self._wire
+        with _ONE_AT_A_TIME:  # several requests begin at once
+            if self._wire is None or self._wire.host != self.where.rstrip("/"):
+                self._wire = Wire(self.host)
+            self._wire.largest = self.largest
+            return self._wire
 
     def fetch(self, model: Model, request: Sealed, traffic: Traffic, function: Function) -> dict[str, Envoy]:
         explain = partial(self.explain, model, function)
         timeout = self.timeout if self.ledger is None else math.inf  # a job has a deadline over all
         errand = Errand(self.wire(), traffic, request, self.ledger, explain, timeout)
         answer = errand.run()
-        with _COUNTING:
+        with _ONE_AT_A_TIME:
             self.received += errand.received
         return answer
 

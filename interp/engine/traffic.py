@@ -91,7 +91,7 @@ def in_order(tasks: Iterator[Callable[[], T]], count: int, traffic: Traffic) -> 
             running = [future for future in begun if not future.done()]
             if begun and begun[0].done():
                 yield begun.popleft().result()
-            elif more and len(running) - traffic.server.parked < count:
+            elif more and len(running) - traffic.server.parked < count and not any(map(failed, begun)):
                 if (task := next(tasks, None)) is None:
                     more = False
                 else:
@@ -101,6 +101,11 @@ def in_order(tasks: Iterator[Callable[[], T]], count: int, traffic: Traffic) -> 
     finally:
         if begun:  # ended early
             traffic.stop()
+
+
+def failed(future: Future[T]) -> bool:
+    """Whether a call ended in an error: nothing more is begun then."""
+    return future.done() and future.exception() is not None
 
 
 def begin(task: Callable[[], T]) -> Future[T]:

@@ -22,9 +22,9 @@ from interp.errors import BackendError, InterpError, JobError, MetricError, Site
 
 from .stand_in import KILLED, StandIn
 
-NUMBERS = [[3 + (7 * row + column * column) % 55 for column in range(7)] for row in range(12)]
+NUMBERS = [[3 + (7 * row + column * column) % 55 for column in range(7)] for row in range(6)]
 PAIRS = interp.PromptPairs(
-    NUMBERS, [[(token * 5 + 1) % 60 + 2 for token in row] for row in NUMBERS], [20] * 12, [25] * 12
+    NUMBERS, [[(token * 5 + 1) % 60 + 2 for token in row] for row in NUMBERS], [20] * 6, [25] * 6
 )
 PLAN = interp.grid("resid_pre", layers=[0, 1])
 OPTIONS: dict[str, Any] = {"schedule": "growing", "max_tokens": 40}
@@ -340,7 +340,7 @@ def test_what_is_wrong_is_refused_at_once(
         (JobError, "at least 1 request", lambda: submit(there, tmp_path, in_flight=0)),
         (JobError, r"cannot be kept.*lock", lambda: interp.submit(interp.patch, there, PAIRS, PLAN, locked, root=tmp_path)),
         (BackendError, r"imports .*'interp'", lambda: interp.submit(interp.patch, there, PAIRS, PLAN, imports, root=tmp_path)),
-        (MetricError, "", lambda: interp.submit(interp.patch, there, PAIRS, PLAN, lambda logits, batch: 1.0, root=tmp_path)),
+        (MetricError, "metric", lambda: interp.submit(interp.patch, there, PAIRS, PLAN, lambda x, y: 1.0, root=tmp_path)),
         (SiteError, "layer 9", lambda: interp.submit(interp.patch, there, PAIRS, interp.grid("z", layers=[9]), root=tmp_path)),
         (JobError, "no job at", lambda: interp.Job.load(tmp_path / "none.job")),
     ]  # fmt: skip
