@@ -195,7 +195,8 @@ class Shipped:
                 yield partial(read_answer, known, self.largest)
                 continue
             if self.ledger is not None and (said := self.ledger.failure(key)) and out_of_memory(BackendError(said)):
-                raise BackendError(said)  # as before: what was run in parts is run in the same parts
+                yield partial(fail, said)  # as before: what was run in parts is run in the same parts
+                continue
             request = self.seal(model, function, args, key)
             traffic.ready.set()
             self.requests += 1
@@ -222,6 +223,11 @@ class Shipped:
                 if number >= finished:  # else a prepared run, done again
                     done(number, result)
             finished = group[-1] + 1
+
+
+def fail(said: str) -> dict[str, Envoy]:
+    """Raises BackendError."""
+    raise BackendError(said)
 
 
 def failure(text: str, function: Function, where: str) -> BackendError:

@@ -204,6 +204,22 @@ def test_what_kills_its_worker_every_time_is_given_up(there: interp.Model, serve
     assert job.status == "failed"
 
 
+def test_what_was_run_in_parts_is_run_in_the_same_parts_again(
+    there: interp.Model, server: StandIn, tmp_path: Path
+) -> None:
+    """A request for which the server lacked memory is not sent again by whoever goes on."""
+    there.backend.limit = 400
+    count = iter(range(10**6))
+    server.error = lambda id: "torch.OutOfMemoryError: CUDA out of memory." if next(count) == 1 else None
+    job = interp.submit(interp.patch, there, PAIRS, PLAN, root=tmp_path, schedule="growing")
+    values = job.result(300).values  # type: ignore[attr-defined]
+    server.error = lambda id: None
+    began = sum(server.began.values())
+    again = interp.Job.load(job.path, there)
+    assert again.result(300).values.equals(values)  # type: ignore[attr-defined]
+    assert sum(server.began.values()) == began
+
+
 @pytest.mark.parametrize("forget", [False, True], ids=["the queue survives", "the queue is lost"])
 def test_a_server_that_is_restarted(
     forget: bool, there: interp.Model, server: StandIn, expected: np.ndarray, tmp_path: Path
