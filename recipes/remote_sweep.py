@@ -1,9 +1,9 @@
 """A sweep on a model that is elsewhere, as a job: it goes on after whatever ends this process.
 
-    python recipes/remote_sweep.py                                               # a worker process of this machine, bundled model
-    python recipes/remote_sweep.py --host http://127.0.0.1:18086 --model interp-tests/smollm2-135m      # behind `make ndif-up`
-    python recipes/remote_sweep.py --host ndif --model meta-llama/Llama-3.1-70B                          # NDIF; needs NDIF_API_KEY
-    python recipes/remote_sweep.py --resume artifacts/remote_sweep/sweep.job     # after Ctrl-C, a kill, a reboot
+    python recipes/remote_sweep.py                              # a worker process of this machine, the bundled model
+    python recipes/remote_sweep.py --host http://127.0.0.1:18086 --model interp-tests/smollm2-135m   # `make ndif-up`
+    python recipes/remote_sweep.py --host ndif --model meta-llama/Llama-3.1-70B      # NDIF's own; needs NDIF_API_KEY
+    python recipes/remote_sweep.py --resume artifacts/remote_sweep/sweep.job         # after Ctrl-C, a kill, a reboot
 
 What it does, in Python:
 
