@@ -196,8 +196,16 @@ def noise_table(batch: Batch) -> NoiseTable:
 def gradient_program(program: Program, pairs: int, sites: Sequence[Place], by_edge: bool = False) -> Program:
     """A program over (base, source) rows of some pairs, made a gradient program at the base rows."""
     base = 2 * torch.arange(pairs)
-    more: Program = {"columns": None, "steps": {}, "drop": [], "exact_qk": False, "by_edge": by_edge}
-    return {**program, **more, "tape": list(sites), "base": base, "source": base + 1, "gradient": base[:, None]}
+    more: Program = {
+        "columns": None,
+        "steps": {},
+        "drop": [],
+        "exact_qk": False,
+        "by_edge": by_edge,
+        "rule": "gradient",
+    }
+    ends: Program = {"base": base, "source": base + 1, "gradient": base[:, None], "until": base[:, None] + 1}
+    return {**program, **more, **ends, "tape": list(sites)}
 
 
 def inputs_of(prompts: Sequence[Sequence[int]], width: int, start_column: int, accepts: frozenset[str]) -> Inputs:

@@ -62,6 +62,8 @@ class Program(TypedDict, total=False):
     base: Tensor  # [pair] rows of the base run
     source: Tensor  # [pair] rows of the source run
     gradient: Tensor  # [pair, step] rows whose gradients are averaged for each pair
+    rule: str  # backward rules, see `interp.engine.rules`
+    until: Tensor  # [pair, step] the other end's row of each row in `gradient`, for rules that look at two
     steps: dict[Place, Tensor]  # {site: [pair, step]} rows that move each site by itself (ig-activations), or {}
     features: Sequence[tuple[int, str, str]]  # dictionaries by depth: layer, its view, and the view of what it leaves
     by_edge: bool  # whether scores of edges are wanted instead, see `edge_gradients`

@@ -1,0 +1,253 @@
+"""A forward pass under backward rules (`interp.engine.rules`): every call that is not linear gives its own value and its rule.
+
+`__rdiv__` and the like: what a model calls is seen by torch's function mode, so a rule is found from what is computed, whatever
+the module is called. Two things are taken as a whole: activation modules, found by trying whether they act on single numbers,
+and experts, whose choice is held. Standard library and torch only: this travels to a remote server by source.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..errors import AuditError
+from ..models.layout import Envoy
+from .experts import Flips, Recorded, aligned, is_experts, mixed
+from .rules import BILINEAR, LINEAR, QUOTIENTS, RULES
+from .step_rules import Call, Ruled
+
+if TYPE_CHECKING:
+    from .program import Program
+
+
+class Rows:
+    """Which rows of a batch are bases, and which rows are their other ends."""
+
+    def __init__(self, count: int, base: Tensor, end: Tensor) -> None:
+        self.count, self.pair = count, (self.evenly(base), self.evenly(end))
+
+    def evenly(self, rows: Tensor) -> Any:
+        """A slice where the rows stand evenly: what it gives is no copy."""
+        steps = rows.diff().unique().tolist()
+        if len(rows) == 1:
+            return slice(int(rows[0]), int(rows[0]) + 1)
+        if len(steps) == 1 and steps[0] > 0:
+            return slice(int(rows[0]), int(rows[-1]) + 1, steps[0])
+        return rows
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """`[row, part of it, …]`: rows are the slowest axis of all that a model makes of them."""
+        if not x.ndim or x.shape[0] % self.count:
+            raise AuditError(f"a tensor {list(x.shape)} does not have its {self.count} rows first")
+        return x.unflatten(0, (self.count, -1))
+
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A tensor at the bases and at their other ends, without its history."""
+        by_row = self.by_row(x.detach())
+        base, end = (by_row[rows if isinstance(rows, slice) else rows.to(x.device)].flatten(0, 1) for rows in self.pair)
+        return base, end
+
+    def base(self, gradient: Tensor) -> Tensor:
+        """A gradient at the bases."""
+        return self.ends(gradient)[0]
+
+    def put(self, part: Tensor, shape: torch.Size) -> Tensor:
+        """A gradient at the bases as one at all rows."""
+        whole = part.new_zeros(shape)
+        rows = self.pair[0]
+        by_row = self.by_row(whole)
+        by_row[rows if isinstance(rows, slice) else rows.to(part.device)] = part.unflatten(0, (-1, by_row.shape[1]))
+        return whole
+
+
+def surrogate_class() -> Any:
+    """A step as autograd takes it. Made where it is used: a class of autograd's does not travel."""
+
+    class Surrogate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, ruled: Ruled, rows: Any, *inputs: Tensor) -> Tensor:
+            ctx.ruled, ctx.rows = ruled, rows
+            ctx.shapes, ctx.versions = [x.shape for x in inputs], [(x, x._version) for x in inputs]
+            return ruled.out
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            if any(x._version != version for x, version in ctx.versions):
+                raise AuditError("a step changes in place what an earlier one has a rule for")
+            made = ctx.ruled.pull(ctx.rows.base(gradient))
+            return None, None, *(ctx.rows.put(part, shape) for part, shape in zip(made, ctx.shapes, strict=True))
+
+    return Surrogate
+
+
+def tensors(given: Any) -> Iterator[Tensor]:
+    """Every tensor that a call gets or gives."""
+    for one in given:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, list | tuple):
+            yield from tensors(one)
+
+
+class Ruling(TorchFunctionMode):
+    """A forward pass under the rules of a method. A class: functions travel to a server without their decorators.
+
+    Raises:
+        AuditError: a step without a rule, by its name and its module's.
+    """
+
+    def __init__(self, method: str, model: Envoy, rows: Rows) -> None:
+        super().__init__()
+        self.method, self.rules, self.rows = method, RULES[method], rows
+        self.root = getattr(model, "_module", model)
+        self.surrogate = surrogate_class()
+        self.whole = 0  # inside a module that is taken as one step
+        self.handles: list[Any] = []
+        self.wanting: list[Tensor] = []
+        self.flips: Flips | None = None
+        self.depth = 0
+
+    def __enter__(self) -> Ruling:
+        self.depth += 1
+        if self.depth == 1:
+            self.wanting = [weight for weight in self.root.parameters() if weight.requires_grad]
+            for weight in self.wanting:  # else a product with a weight would look like one of two activations
+                weight.requires_grad_(False)
+            known: dict[type, bool] = {}
+            for module in self.root.modules():
+                if is_experts(module):
+                    self.take(module, self.experts)
+                elif next(module.parameters(), None) is None and next(module.buffers(), None) is None:
+                    kind = type(module)
+                    known[kind] = known[kind] if kind in known else acts_on_numbers(module)
+                    if known[kind]:
+                        self.take(module, self.activation)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.depth -= 1
+        if self.depth == 0:
+            for handle in self.handles:
+                handle.remove()
+            for weight in self.wanting:
+                weight.requires_grad_(True)
+            self.handles.clear()
+
+    def take(self, module: Any, rule: Any) -> None:
+        """Take a module as one step."""
+
+        def begin(*_: Any) -> None:
+            self.whole += 1
+
+        def end(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+            self.whole -= 1
+            wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors([*args, *kwargs.values()]))
+            if self.whole or not wanted:
+                return out
+            return rule(module, [*args, *kwargs.values()], out)
+
+        self.handles.append(module.register_forward_pre_hook(begin))
+        self.handles.append(module.register_forward_hook(end, with_kwargs=True))
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", str(function))
+        if name in LINEAR or self.whole or not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        live = [x for x in tensors([*args, *kwargs.values()]) if x.requires_grad]
+        if not live or (len(live) == 1 and (name in BILINEAR or (name.strip("_") in QUOTIENTS and live[0] is args[0]))):
+            return function(*args, **kwargs)
+        if name in ("mul_", "div_", "__imul__", "__itruediv__", "__idiv__") and len(live) == 1:
+            return function(*args, **kwargs)
+        if name == "gather":
+            known = self.flips is not None and self.flips.index is kwargs.get("index", args[-1])
+            return self.flips.taken(args[0]) if known else function(*args, **kwargs)
+        if name == "topk":
+            return self.topk(function, args, kwargs)
+        if name.endswith("_") and not name.startswith("__") and hasattr(torch.Tensor, name[:-1]):
+            before = args[0].clone()  # what the rule keeps is not what is changed
+            return args[0].copy_(
+                self.__torch_function__(getattr(torch.Tensor, name[:-1]), types, (before, *args[1:]), kwargs)
+            )
+        rule = self.rules.get(name)
+        if rule is None:
+            out = function(*args, **kwargs)
+            if not any(x.requires_grad for x in tensors([out])):
+                return out
+            raise AuditError(f"{self.method!r} has no rule for {name} in {self.where()}")
+        return self.ruled(rule, Call(function, args, kwargs, self.rows))
+
+    def ruled(self, rule: Any, call: Call) -> Any:
+        """A step by its rule."""
+        self.whole += 1
+        try:
+            made = rule(call)
+        except AuditError as error:
+            name = getattr(call.function, "__name__", "a step")
+            raise AuditError(f"{self.method!r} has no rule for {name} in {self.where()}: {error}") from None
+        finally:
+            self.whole -= 1
+        if not made.inputs:
+            return made.out
+        if isinstance(self.rows, Recorded):
+            return made.out.requires_grad_(True)  # so that the steps behind it are recorded too
+        return self.surrogate.apply(made, self.rows, *made.inputs)
+
+    def where(self) -> str:
+        """The path of the module whose forward pass runs now."""
+        names = {id(module): name for name, module in self.root.named_modules()}
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            found = names.get(id(frame.f_locals.get("self")))
+            if found:
+                return found
+            frame = frame.f_back
+        return "the model's own forward pass, or the metric"
+
+    def activation(self, module: Any, args: list[Any], out: Tensor) -> Tensor:
+        """An activation as one function of single numbers."""
+        return self.ruled(self.rules["tanh"], Call(type(module).forward.__get__(module), (args[0],), {}, self.rows))
+
+    def topk(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """The choice of experts: the other end's stand where the base has the same ones; where it changes is noted."""
+        _, index = function(*args, **kwargs)
+        if isinstance(self.rows, Rows):
+            rows, (base, end) = self.rows.by_row(index), self.rows.pair
+            rows[end] = aligned(rows[base], rows[end])
+            self.flips = Flips(args[0], index, self.rows)
+            return torch.return_types.topk((self.flips.taken(args[0]), index))
+        return torch.return_types.topk((args[0].gather(-1, index), index))
+
+    def experts(self, module: Any, args: list[Any], out: Tensor) -> Tensor:
+        """A layer of experts as one step, see `interp.engine.experts`."""
+        flips, self.flips = self.flips, None
+        return mixed(self, module, args[:3], out, flips)
+
+
+def acts_on_numbers(module: Any) -> bool:
+    """Whether a module without weights makes each number of its input by itself into one of its output, and is no identity."""
+    x = torch.linspace(-2, 2, 12).reshape(3, 4)
+    moved = x.clone()
+    moved[1, 2] += 0.5
+    try:
+        with torch.no_grad():
+            out, after = module(x), module(moved)
+    except Exception:
+        return False
+    if not isinstance(out, Tensor) or out.shape != x.shape or torch.equal(out, x):
+        return False
+    changed = out != after
+    return int(changed.sum()) <= 1 and (int(changed.sum()) == 0 or bool(changed[1, 2]))
+
+
+def ruling(method: str, model: Envoy, program: Program) -> Ruling:
+    """The rules for one program: each base row against the row at the other end of its segment."""
+    rows = Rows(program["inputs"]["input_ids"].shape[0], program["gradient"].flatten(), program["until"].flatten())
+    return Ruling(method, model, rows)

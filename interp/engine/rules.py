@@ -1,0 +1,97 @@
+"""Backward rules as data: what takes the place of a derivative where two runs are known, so that effects add up.
+
+"secant": each step's slope *between the two runs* (DeepLIFT's rescale rule, Shrikumar et al. 2017, carried to products, norms
+and attention). Every rule is exact for its step, so the whole is: (source − base) times this gradient, summed over any cut
+through the model, is the change of the metric. "relp": the rules of Relevance Patching (Jafari et al. 2025): scales of norms and
+attention patterns held, activations by y/x, half of a product to each factor. "gradient": the derivative, which needs no rule.
+
+A rule gets the call of one step and gives its output, unchanged, the tensors that gradients go to, and how they are made of the
+output's gradient; all in base rows alone. Which rule a step takes is found by what a model calls (`interp.engine.ruled`).
+Standard library and torch only: this travels to a remote server by source.
+"""
+
+from __future__ import annotations
+
+from .step_rules import (
+    INVERSE_ROOT,
+    MATRIX,
+    Rule,
+    added_product,
+    attention,
+    closed,
+    elementwise,
+    held,
+    log_softmax,
+    logsumexp,
+    norm,
+    power,
+    product,
+    quotient,
+    ratio_slope,
+    secant_slope,
+    softmax,
+)
+
+#: Steps that are linear whatever goes in: they keep their derivative.
+LINEAR = frozenset(
+    """
+    requires_grad_ view view_as reshape flatten unflatten transpose permute movedim swapaxes t __get__ contiguous
+    clone to type_as float double half bfloat16 cat stack concat split chunk unbind __getitem__ getitem select narrow
+    index_select squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave roll flip add add_ __add__
+    __radd__ __iadd__ sub sub_ __sub__ rsub __rsub__ __isub__ neg __neg__ mean sum cumsum dropout where masked_fill
+    masked_fill_ masked_select pad tril triu copy_ __setitem__ index_add index_add_ scatter scatter_ scatter_add
+    scatter_add_ index_copy_ retain_grad register_hook tile diff
+    """.split()  # noqa: SIM905
+)
+#: Steps that are linear in one input: they keep their derivative where nothing else of what they get depends on the prompt.
+BILINEAR = frozenset(
+    """
+    mul multiply __mul__ __rmul__ matmul __matmul__ bmm linear addmm baddbmm conv1d einsum _grouped_mm grouped_mm
+    """.split()  # noqa: SIM905
+)
+QUOTIENTS = frozenset(
+    """
+    div divide true_divide __truediv__
+    """.split()  # noqa: SIM905
+)
+#: Functions of single numbers.
+CURVES = """
+    relu relu6 leaky_relu elu celu selu silu gelu mish softplus hardswish hardsigmoid sigmoid tanh exp expm1 log log1p
+    sin cos erf clamp clip abs square sign hardtanh logsigmoid softsign tanhshrink threshold clamp_min clamp_max
+""".split()  # noqa: SIM905
+SECANT = elementwise(secant_slope)
+RATIO = elementwise(ratio_slope)
+#: The rules of each method, by the name of what is called.
+RULES: dict[str, dict[str, Rule]] = {
+    "gradient": {},
+    "secant": {
+        **dict.fromkeys(CURVES, SECANT),
+        **dict.fromkeys(("pow", "__pow__"), power(SECANT)),
+        "square": closed(lambda x, end, y, y_end: x + end),
+        "rsqrt": INVERSE_ROOT,
+        "sqrt": closed(lambda x, end, y, y_end: 1 / (y + y_end)),
+        **dict.fromkeys(("reciprocal", "__rdiv__", "__rtruediv__"), closed(lambda x, end, y, y_end: -y * y_end)),
+        **dict.fromkeys(("mul", "multiply", "__mul__", *MATRIX), product(1.0, True)),
+        **dict.fromkeys(("addmm", "baddbmm"), added_product(1.0, True)),
+        **dict.fromkeys(QUOTIENTS, quotient(True)),
+        **dict.fromkeys(("softmax", "_softmax"), softmax(True)),
+        "log_softmax": log_softmax,
+        "logsumexp": logsumexp,
+        **dict.fromkeys(("layer_norm", "rms_norm"), norm(True)),
+        "scaled_dot_product_attention": attention(True),
+        **dict.fromkeys(
+            ("max", "amax"), held
+        ),  # what a softmax is shifted by: its derivative is no part of a softmax's
+    },
+    "relp": {
+        **dict.fromkeys(CURVES, RATIO),
+        **dict.fromkeys(("pow", "__pow__"), power(RATIO)),
+        **dict.fromkeys(("rsqrt", "sqrt", "reciprocal", "__rdiv__", "__rtruediv__", "max", "amax"), held),
+        **dict.fromkeys(("mul", "multiply", "__mul__", *MATRIX), product(0.5, False)),
+        **dict.fromkeys(("addmm", "baddbmm"), added_product(0.5, False)),
+        **dict.fromkeys(QUOTIENTS, quotient(False)),
+        **dict.fromkeys(("softmax", "_softmax"), softmax(False)),
+        **dict.fromkeys(("layer_norm", "rms_norm"), norm(False)),
+        "scaled_dot_product_attention": attention(False),
+    },
+}
