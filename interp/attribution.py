@@ -25,11 +25,20 @@ from .pairs import PromptPairs
 from .plan import Plan
 from .sites import KIND
 
-METHODS = ("atp", "atp*", "ig", "ig-activations")
+METHODS = ("atp", "atp*", "ig", "ig-activations", "secant", "relp")
+#: Methods that look at both runs, step by step (`interp.engine.rules`).
+RULED = ("secant", "relp")
+#: Estimates of the embeddings that are off the metric's change by more than this fraction of it are worth a warning.
+ADDS_UP = 0.01
 #: Kinds that AtP* puts through the exact softmax, which needs the attention's logits.
 EXACT = ("q", "k")
 #: What else a method rests on: AtP* drops what layers add, IG moves the input.
-NEEDS = {"atp*": tuple(kind.name for kind in KIND.values() if kind.branch), "ig": ("embed",)}
+NEEDS = {
+    "atp*": tuple(kind.name for kind in KIND.values() if kind.branch),
+    "ig": ("embed",),
+    "secant": ("embed", "secant"),
+    "relp": ("embed", "relp"),
+}
 
 
 @experiment
@@ -89,7 +98,7 @@ def attribute(
     rounding = check_metric(metric, encoded, model.vocab_size, gradient=True, dtype=model.dtype)
     _check_cells(model, resolved, method)
     averaged = method.startswith("ig")
-    if averaged:
+    if averaged or method in RULED:
         encoded.require_aligned(f"method {method!r}")
     alphas = tuple(points) if points is not None else midpoints(steps)
     if not alphas:
@@ -105,6 +114,7 @@ def attribute(
         "drop": list(range(model.n_layers)) if method == "atp*" and model.n_layers > 1 else [],
         "exact_qk": method == "atp*",
         "by_edge": False,
+        "rule": method if method in RULED else "gradient",
     }
     budget = options.max_tokens or gradient_budget(model)
     estimated = estimate(model, context, rows, metric, how, budget)
@@ -118,6 +128,7 @@ def attribute(
             f"does at the clean run), so that estimates mean nothing; use {instead}another metric or direction",
             stacklevel=3,
         )
+    completeness = adds_up(method, estimated.reached, estimated.source - estimated.base) if method in RULED else None
     estimates, report = estimated.base + changes, None
     if verify:
         estimates, report = _verify(asked, estimates, estimated.base, verify, budget)
@@ -132,9 +143,23 @@ def attribute(
         direction=direction,
         schedule="gradient",
         points=list(alphas) if averaged else None,
+        completeness=completeness,
         verification=report,
     )
     return make_effects(asked, estimates, estimated.base, estimated.source, record)
+
+
+def adds_up(method: str, reached: np.ndarray, change: np.ndarray) -> float:
+    """How far the estimates of the embeddings `[pair]`, added up, are off the metric's change, as a fraction of that."""
+    off = float(np.abs(reached - change).sum() / max(float(np.abs(change).sum()), 1e-30))
+    if off > ADDS_UP:
+        warnings.warn(
+            f"the effects of the embeddings by {method!r} add up to {float(reached.mean()):.4g} where the metric changes by "
+            f"{float(change.mean()):.4g} (means over pairs; off by {off:.1%} in all): they are estimates, as a gradient's are, "
+            "not parts of the change",
+            stacklevel=4,
+        )
+    return off
 
 
 def _check_cells(model: Model, resolved: Resolved, method: str) -> None:

@@ -22,6 +22,7 @@ from ..findings import Finding
 from ..models.layout import affine, as_it_says, at, part_index, sizes
 from ..models.model import Model
 from ..pairs import PromptPairs
+from .adding import check_rules
 from .parts import TOLERANCE, Parts, compare
 from .plain import MOST, TIMES, Place, Plain, probe
 
@@ -32,6 +33,7 @@ def check_laws(
     """Every law, on two prompts of one length; `plain` is the first one's run, with gradients, `got` what was read in it."""
     yield from check_head(model, plain)
     yield from check_backward(model)
+    yield from check_rules(model, prompt, other)
     yield from check_receivers(model, plain, got)
     written = []
     for ids in (prompt, other):

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
+from ..attribution import RULED, adds_up
 from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edge, Edit
 from ..engine.context import Experiment, Runs, context_of
@@ -36,7 +37,9 @@ from .nodes import Facts
 from .runs import given_cells
 
 LEVELS = ("edge", "node", "feature")
-METHODS = ("eap", "eap-ig", "eap-ig-activations", "exact", "acdc")
+METHODS = ("eap", "eap-ig", "eap-ig-activations", "secant", "relp", "exact", "acdc")
+#: Methods of one backward pass, without interpolation.
+ONE_PASS = ("eap", *RULED)
 #: Methods that patch instead of taking gradients.
 PATCHING = ("exact", "acdc")
 #: What only some methods use; elsewhere it is refused rather than left aside.
@@ -110,8 +113,8 @@ def discover(
     encoded = model.encode(pairs)
     encoded.require_aligned("a circuit")
     encoded.require_corrupted("discover", CircuitError)
-    alphas = () if method == "eap" else tuple(points) if points is not None else midpoints(max(0, steps))
-    if not alphas and method != "eap":
+    alphas = () if method in ONE_PASS else tuple(points) if points is not None else midpoints(max(0, steps))
+    if not alphas and method not in ONE_PASS:
         raise CircuitError(f"{method} needs interpolation points: steps={steps}, points={points}; give 1 or more")
     used = {"within": within, "threshold": threshold, "checkpoint": how.checkpoint}
     for name, methods in OPTIONS.items():
@@ -144,7 +147,9 @@ def discover(
     if method == "exact":
         return exact(replace(asked, method=f"discover:exact-{level}"), level, within, meta, how)
     meta["points"] = list(alphas or (0.0,))
-    matrices = edge_attributions(model, runs, metric, method, alphas, how)
+    matrices, change = edge_attributions(model, runs, metric, method, alphas, how)
+    if method in RULED:
+        meta["completeness"] = adds_up(method, matrices[:, 0].sum(1), change)
     if level == "node":
         by_node = node_scores(matrices)
         return Circuit.from_nodes(dict(zip((s.node for s in facts.senders), by_node, strict=True)), facts, meta)
@@ -158,7 +163,9 @@ def _rests(model: Model, method: str, level: str) -> None:
         for site in Facts.of(model).senders:
             model.require(patch_site(site))
         return
-    model.rests_on(said, *EDGE_LAWS, *(() if method in PATCHING else GRADIENT_LAWS))
+    model.rests_on(
+        said, *EDGE_LAWS, *(() if method in PATCHING else GRADIENT_LAWS), *((method,) if method in RULED else ())
+    )
     if method == "eap-ig-activations":
         model.rests_on(said, *dict.fromkeys(kind for _, kind in sender_groups(model)))
 
@@ -173,22 +180,25 @@ def node_scores(matrices: np.ndarray) -> np.ndarray:
 
 def edge_attributions(
     model: Model, runs: Runs, metric: Metric, method: str, alphas: tuple[float, ...], options: Options
-) -> np.ndarray:
-    """Attributions of every edge on every pair, `[pair, sender, receiver]`; zero where there is no edge."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attributions of every edge on every pair, `[pair, sender, receiver]`, zero where there is none, and the change `[pair]`."""
     context = context_of(model, runs, Resolved((), (), {}), "growing")
     groups = sender_groups(model)
     if method != "eap-ig-activations":
         groups = {ENTERING.place: range(context.order.senders)}
     budget = options.max_tokens or gradient_budget(model)
-    scores, moved = edge_estimates(model, context, metric, alphas, groups, budget, (method, options.progress))
-    if float(np.abs(scores[..., -1]).max()) <= FLAT * moved:  # the edges into the logits: the metric's own gradient
+    bar, rule = (method, options.progress), method if method in RULED else "gradient"
+    scores, change = edge_estimates(model, context, metric, alphas, groups, budget, bar, rule)
+    if float(np.abs(scores[..., -1]).max()) <= FLAT * float(
+        np.abs(change).max()
+    ):  # the edges into the logits: the metric's own gradient
         instead = "" if method.startswith("eap-ig") else "method='eap-ig', or "
         warnings.warn(
             f"the gradient of {name_of(metric)} vanishes where {method} takes it (KL's does at the "
             f"clean run), so that its scores mean nothing; use {instead}another metric",
             stacklevel=4,
         )
-    return scores
+    return scores, change
 
 
 def sender_groups(model: Model) -> dict[Place, Sequence[int]]:

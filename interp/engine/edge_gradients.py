@@ -16,6 +16,7 @@ from ..models.layout import Envoy, Taps, affine, at, part_index
 from ..order import LOGITS, READERS, Order
 from .edges import head_contributions
 from .gradients import Tape, averaged, backward
+from .ruled import Rows, Ruling
 
 if TYPE_CHECKING:
     from .program import Place, Program
@@ -39,6 +40,18 @@ def pull_back(norm: Envoy, x: Tensor, cotangent: Tensor) -> Tensor:
         return torch.autograd.grad(out, copies, cotangent.to(out.dtype))[0]
 
 
+def pull_back_ruled(norm: Envoy, method: str, x: Tensor, end: Tensor, cotangent: Tensor) -> Tensor:
+    """The same by a rule of `interp.engine.rules` between x and the other run's `end`: one read at a time, none copied."""
+    if norm is None:
+        return cotangent
+    both = torch.cat([x, end]).detach().requires_grad_(True)
+    base = torch.arange(len(x))
+    with torch.enable_grad(), Ruling(method, norm, Rows(len(both), base, base + len(x))):
+        out = norm(both)[: len(x)]
+    parts = [torch.autograd.grad(out, both, one.to(out.dtype), retain_graph=True)[0] for one in cotangent.unbind(1)]
+    return torch.stack([part[: len(x)] for part in parts], dim=1)
+
+
 def read_gradients(
     model: Envoy,
     taps: Taps,
@@ -49,9 +62,16 @@ def read_gradients(
 ) -> Tensor:
     """Gradient of the metric by what each receiver of a layer reads: `[pair, receiver, position, d_model]`, q, k, v, mlp."""
     block = at(model, taps["layers"])[layer]
-    rows = program["gradient"]
-    flat = rows.flatten()
+    rows, method = program["gradient"], program["rule"]
+    flat, ends = rows.flatten(), program["until"].flatten()
     reads = []
+
+    def pulled(norm: Envoy, x: Tensor, cotangent: Tensor) -> Tensor:
+        here = x[flat.to(x.device)].to(cotangent.device)
+        if method == "gradient":
+            return pull_back(norm, here, cotangent)
+        return pull_back_ruled(norm, method, here, x[ends.to(x.device)].to(cotangent.device), cotangent)
+
     stream = tape.value[layer, "resid_pre"]
     norm = at(block, taps["norm1"]) if taps["norm1"] else None
     where = gradients[layer, "q"].device
@@ -64,12 +84,12 @@ def read_gradients(
         weight, _ = affine(at(block, taps["qkv"][place]), entering)
         reads.append(torch.einsum("rphd,hdm->rhpm", by_head, weight[index]))
     read = torch.cat(reads, dim=1)  # on the block's device, where its input may not have been yet
-    attention = pull_back(norm, stream[flat.to(stream.device)].to(read.device), read)
+    attention = pulled(norm, stream, read)
     middle = stream if taps["parallel"] else tape.value[layer, "resid_mid"]
     norm = at(block, taps["norm2"]) if taps["norm2"] else None
     entering = gradients[layer, "mlp_in"]
     entering = entering[flat.to(entering.device)].unsqueeze(1)
-    mlp = pull_back(norm, middle[flat.to(middle.device)].to(entering.device), entering)
+    mlp = pulled(norm, middle, entering)
     both = torch.cat([attention, mlp.to(attention.device)], dim=1)
     return both.unflatten(0, tuple(rows.shape)).mean(1)
 

@@ -6,6 +6,7 @@ Standard library and torch only: these functions are shipped by source to a remo
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -191,6 +192,7 @@ def forward(model: Envoy, run: Run, metric: Callable[..., Tensor] | None, result
         logits = answer_logits(model, run)
         if run.tape is not None:
             run.tape.logits = logits
-        result["metric"] = score(metric, logits, run.program) if metric is not None else None
+        with run.rules or nullcontext():
+            result["metric"] = score(metric, logits, run.program) if metric is not None else None
         if run.program["want_logits"]:
             result["logits"] = logits

@@ -137,7 +137,10 @@ def through_softmax(taps: Taps, program: Program, tape: Tape, gradients: Gradien
     through = KIND["pattern"].through
     gz, value = by_part(taps, through, gradients[layer, through]), core["value"]
     rows = program["gradient"].to(gz.device)  # each row's own values: mixed runs have others than the base
-    v = value[rows].repeat_interleave(taps["n_heads"] // value.shape[1], dim=2)  # [pair, step, head, key, d_head]
+    v = value[rows]
+    if program["rule"] == "secant":  # a product: the mean of both ends
+        v = (v + value[program["until"].to(v.device)]) / 2
+    v = v.repeat_interleave(taps["n_heads"] // v.shape[2], dim=2)  # [pair, step, head, key, d_head]
     g = torch.einsum("psqhd,pshkd->phqk", gz[rows], v) / rows.shape[1]
     options, query, key = core["options"], core["query"], core["key"]
 

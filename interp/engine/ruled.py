@@ -106,6 +106,8 @@ class Ruling(TorchFunctionMode):
         self.method, self.rules, self.rows = method, RULES[method], rows
         self.root = getattr(model, "_module", model)
         self.surrogate = surrogate_class()
+        self.used: set[str] = set()  # the steps that took a rule
+        self.adds_up = method == "secant"
         self.whole = 0  # inside a module that is taken as one step
         self.handles: list[Any] = []
         self.wanting: list[Tensor] = []
@@ -113,6 +115,8 @@ class Ruling(TorchFunctionMode):
         self.depth = 0
 
     def __enter__(self) -> Ruling:
+        if not self.rules:
+            return self
         self.depth += 1
         if self.depth == 1:
             self.wanting = [weight for weight in self.root.parameters() if weight.requires_grad]
@@ -131,6 +135,8 @@ class Ruling(TorchFunctionMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if not self.rules:
+            return
         super().__exit__(*error)
         self.depth -= 1
         if self.depth == 0:
@@ -182,6 +188,7 @@ class Ruling(TorchFunctionMode):
             if not any(x.requires_grad for x in tensors([out])):
                 return out
             raise AuditError(f"{self.method!r} has no rule for {name} in {self.where()}")
+        self.used.add(name)
         return self.ruled(rule, Call(function, args, kwargs, self.rows))
 
     def ruled(self, rule: Any, call: Call) -> Any:

@@ -31,6 +31,8 @@ from .trace import execute_gradients
 #: Where the metric's gradient by the logits is less than this fraction of its change between the two runs, it is zero but for
 #: rounding, and nothing can be estimated from it.
 FLAT = 1e-4
+#: The cut through a model that all its effects go through.
+ENTRY: Place = (-1, "embed")
 
 
 #: The rows that estimates are wanted of: {pair: {number: row}}.
@@ -46,7 +48,8 @@ class GradientSpec(TypedDict):
     """How gradients are taken: of which sites, at which fractions between the runs, and what is moved there.
 
     `moved`: one site for all ("ig": the input), or () for each site by itself ("ig-activations"); no `fractions`: at the base
-    run alone. `drop`, `exact_qk`: AtP*. `by_edge`: scores of edges instead of sites.
+    run alone. `drop`, `exact_qk`: AtP*. `by_edge`: scores of edges instead of sites. `rule`: what takes the place of derivatives
+    (`interp.engine.rules`); of one that looks at two runs each fraction begins a segment that ends at the next one.
     """
 
     tape: Sequence[Place]
@@ -55,6 +58,7 @@ class GradientSpec(TypedDict):
     drop: Sequence[int]
     exact_qk: bool
     by_edge: bool
+    rule: str
 
 
 def program_of(context: Context, how: GradientSpec, wanted: Wanted, block: Sequence[int]) -> Program:
@@ -65,14 +69,20 @@ def program_of(context: Context, how: GradientSpec, wanted: Wanted, block: Seque
     mixed = replace(context, values=dict.fromkeys(moved, values))
     rows = step_rows(context, block, moved, steps, grow=not how["moved"])
     chunk = compile_chunk(rows, mixed, "growing", pairs=block, width=width)
-    program = gradient_program(chunk.program, len(block), how["tape"], how["by_edge"])
+    sites = dict.fromkeys([*how["tape"], *([ENTRY] if how["rule"] != "gradient" and not how["by_edge"] else [])])
+    program = gradient_program(chunk.program, len(block), list(sites), how["by_edge"])
     first = 2 * len(block)
     if steps and how["moved"]:
-        program["gradient"] = first + torch.arange(len(block) * steps).reshape(len(block), steps)
+        between = first + torch.arange(len(block) * steps).reshape(len(block), steps)
+        if how["rule"] == "gradient":
+            program["gradient"] = between
+        else:
+            program["gradient"] = torch.cat([program["base"][:, None], between], 1)
+            program["until"] = torch.cat([between, program["source"][:, None]], 1)
     elif steps:
         program["steps"] = rows_by_site(chunk.rows, len(block), moved, steps, first)
     columns = source_columns(context, block, wanted, width)
-    program.update({"columns": columns, "drop": how["drop"], "exact_qk": how["exact_qk"]})
+    program.update({"columns": columns, "drop": how["drop"], "exact_qk": how["exact_qk"], "rule": how["rule"]})
     return program
 
 
@@ -111,6 +121,7 @@ class Estimates:
         pairs = len(context.runs)
         self.base = np.full(pairs, np.nan, dtype=np.float32)
         self.source = np.full(pairs, np.nan, dtype=np.float32)
+        self.reached = np.zeros(pairs, dtype=np.float64)  # of all embeddings together, where a rule looks at both runs
         self.slope = 0.0
         self.totals = [np.zeros(1)] * len(self.rows)  # of each row: the plain estimate, then one for each dropped layer
         self.by_pair: dict[int, dict[int, Row]] = {}  # each pair's rows, by number
@@ -125,6 +136,8 @@ class Estimates:
         width = piece.program["inputs"]["input_ids"].shape[1]
         for place, pair in enumerate(piece.asked):
             self.base[pair], self.source[pair] = scores[2 * place], scores[2 * place + 1]
+            if ENTRY in told:
+                self.reached[pair] = told[ENTRY][0, place].sum(dtype=np.float64)
             shift = width - len(self.context.runs.base[pair])
             for number, row in self.by_pair.get(pair, {}).items():
                 for entry in row.entries:
@@ -187,19 +200,19 @@ def edge_estimates(
     groups: Mapping[Place, Sequence[int]],
     budget: int,
     bar: tuple[str, bool | None],
-) -> tuple[np.ndarray, float]:
-    """Attributions of every edge `[pair, sender, receiver]`, zero where there is none, and the largest change between runs.
+    rule: str = "gradient",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attributions of every edge `[pair, sender, receiver]`, zero where there is none, and the metric's change `[pair]`.
 
     `groups`: the sites that are moved, each by itself, and the senders (by their number) whose scores come of that.
     """
     runs, order = context.runs, context.order
     scores = np.zeros((len(runs), order.senders, order.receivers), dtype=np.float32)
-    change = 0.0
+    change = np.zeros(len(runs), dtype=np.float64)
 
     def add(piece: Reading, result: dict) -> None:
-        nonlocal change
-        ends = result["metric"][: 2 * len(piece.asked)].float().cpu()
-        change = max(change, float((ends[1::2] - ends[::2]).abs().max()))
+        ends = result["metric"][: 2 * len(piece.asked)].double().cpu()
+        change[list(piece.asked)] = (ends[1::2] - ends[::2]).numpy()
         chosen = groups[piece.key]
         by_sender = result["edges"].float().cpu().numpy().transpose(0, 2, 1)
         scores[np.ix_(piece.asked, chosen)] = by_sender[:, chosen]
@@ -207,7 +220,9 @@ def edge_estimates(
     pieces = []
     for block in pack_pairs(runs.order, runs.lengths, runs.streams + len(fractions), budget):
         for site in groups:
-            how = GradientSpec(tape=[], fractions=fractions, moved=[site], drop=[], exact_qk=False, by_edge=True)
+            how = GradientSpec(
+                tape=[], fractions=fractions, moved=[site], drop=[], exact_qk=False, by_edge=True, rule=rule
+            )
             pieces.append(Reading.of(block, partial(program_of, context, how, {}), site))
     run_readings(model, pieces, add, execute_gradients, metric, bar)
     return scores, change
@@ -228,7 +243,7 @@ def feature_estimates(
     runs = context.runs
     nodes: dict[int, list[Tensor]] = {}
     edges: dict[int, list[Tensor]] = {}
-    how = GradientSpec(tape=[], fractions=(), moved=[], drop=[], exact_qk=False, by_edge=False)
+    how = GradientSpec(tape=[], fractions=(), moved=[], drop=[], exact_qk=False, by_edge=False, rule="gradient")
 
     def make(block: Sequence[int]) -> Program:
         program = program_of(context, how, {}, block)

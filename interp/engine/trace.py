@@ -23,6 +23,7 @@ from .frozen import Frozen, edge_rows
 from .generating import Generating
 from .gradients import Tape, attributions, slope, total_of, wanted_tapes
 from .rotary import RowsAlone
+from .ruled import ruling
 from .state import Run
 
 if TYPE_CHECKING:
@@ -112,7 +113,9 @@ def execute_gradients(
         wanted |= feature_tapes(program) if by_feature else set()
         run.tape = Tape(wanted)
         run.want(*wanted)
-        with RowsAlone(model, taps), torch.enable_grad(), model.trace(**program["inputs"]):
+        rules = ruling(program["rule"], model, program)
+        run.rules = rules if rules.adds_up else None  # of the metric too
+        with RowsAlone(model, taps), rules, torch.enable_grad(), model.trace(**program["inputs"]):
             result = nnsight.save({})
             forward(model, run, metric, result)
             if by_edge:

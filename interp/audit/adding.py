@@ -1,0 +1,52 @@
+"""The laws of backward rules: by "secant" effects of embeddings add up to the change; "relp" has a rule for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..engine.ruled import Rows, Ruling
+from ..engine.rules import RULES
+from ..errors import AuditError
+from ..findings import Finding
+from ..models.layout import at
+from ..models.model import Model
+from .plain import logits_of, probe
+
+#: How far a sum may be off the change, in fp32.
+ADDS_UP = 1e-4
+
+
+def check_rules(model: Model, prompt: Sequence[int], other: Sequence[int]) -> Iterator[Finding]:
+    """Both directions of two prompts, through the model's own forward pass."""
+    leaves: list[Tensor] = []
+
+    def leaf(_: object, __: object, out: Tensor) -> Tensor:
+        leaves.append(out.detach().requires_grad_(True))
+        return leaves[-1]
+
+    handle = at(model.hf, model.family.embed).register_forward_hook(leaf)
+    used: set[str] = set()
+    try:
+        for base, end in ((0, 1), (1, 0)):
+            rows = Rows(2, torch.tensor([base]), torch.tensor([end]))
+            with torch.enable_grad(), Ruling("secant", model.hf, rows) as rules:
+                scores = probe(logits_of(model, [prompt, other]).float(), None)
+            used |= rules.used
+            x = leaves.pop()
+            (gradient,) = torch.autograd.grad(scores[base], x)
+            parts = ((x[end] - x[base]).detach().double() * gradient[base].double()).sum(-1)
+            change = float((scores[end] - scores[base]).detach())
+            allowed = min(0.25, ADDS_UP * max(1.0, torch.finfo(x.dtype).eps / torch.finfo(torch.float32).eps))
+            allowed *= max(abs(change), 0.01 * float(parts.abs().sum()))
+            yield Finding("secant", "law", 0, abs(float(parts.sum()) - change), allowed)
+    except (AuditError, RuntimeError) as error:
+        yield Finding("secant", "law", 0, float("inf"), 0.0, (str(error).strip().splitlines() or [""])[0])
+        return
+    finally:
+        handle.remove()
+    without = sorted(used - set(RULES["relp"]))
+    said = f"'relp' has no rule for {', '.join(without)}" if without else ""
+    yield Finding("relp", "law", 0, float("inf") if without else 0.0, 0.0, said)
