@@ -100,8 +100,8 @@ def attribute(
     averaged = method.startswith("ig")
     if averaged or method in RULED:
         encoded.require_aligned(f"method {method!r}")
-    alphas = tuple(points) if points is not None else midpoints(steps)
-    if not alphas:
+    alphas = between(points) if method in RULED else tuple(points) if points is not None else midpoints(steps)
+    if not alphas and averaged:
         raise PlanError(f"steps={steps}, points={points}: at least one interpolation point is needed")
     asked = Experiment(model, runs, resolved, metric, f"attribute:{method}", pairs.name, rounding=rounding)
     context = context_of(model, runs, resolved, choose_schedule(model, "growing"))
@@ -109,8 +109,8 @@ def attribute(
     _check_places(rows, context, method)
     how: GradientSpec = {
         "tape": sorted({(entry.layer, context.names[entry.kind]) for row in rows for entry in row.entries}),
-        "fractions": alphas if averaged else (),
-        "moved": [(-1, "embed")] if method == "ig" else [],
+        "fractions": alphas if averaged or method in RULED else (),
+        "moved": [(-1, "embed")] if method == "ig" or method in RULED else [],
         "drop": list(range(model.n_layers)) if method == "atp*" and model.n_layers > 1 else [],
         "exact_qk": method == "atp*",
         "by_edge": False,
@@ -142,11 +142,19 @@ def attribute(
         metric_rounding=rounding,
         direction=direction,
         schedule="gradient",
-        points=list(alphas) if averaged else None,
+        points=list(alphas) if averaged or method in RULED else None,
         completeness=completeness,
         verification=report,
     )
     return make_effects(asked, estimates, estimated.base, estimated.source, record)
+
+
+def between(points: Sequence[float] | None) -> tuple[float, ...]:
+    """The inputs at which a segment of the way ends and the next begins. PlanError: they do not part it evenly."""
+    inner = tuple(points or ())
+    if not np.allclose(inner, [(number + 1) / (len(inner) + 1) for number in range(len(inner))]):
+        raise PlanError(f"points={list(inner)}: for secants they part the way evenly, as [0.5] or [1/3, 2/3] do")
+    return inner
 
 
 def adds_up(method: str, reached: np.ndarray, change: np.ndarray) -> float:

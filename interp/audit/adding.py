@@ -40,9 +40,11 @@ def check_rules(model: Model, prompt: Sequence[int], other: Sequence[int]) -> It
             parts = ((x[end] - x[base]).detach().double() * gradient[base].double()).sum(-1)
             change = float((scores[end] - scores[base]).detach())
             allowed = min(0.25, ADDS_UP * max(1.0, torch.finfo(x.dtype).eps / torch.finfo(torch.float32).eps))
-            allowed *= max(abs(change), 0.01 * float(parts.abs().sum()))
+            allowed *= max(
+                abs(change), 0.01 * float(parts.abs().sum()), 0.01 * float(scores.detach().abs().max()), 0.01
+            )
             yield Finding("secant", "law", 0, abs(float(parts.sum()) - change), allowed)
-    except (AuditError, RuntimeError) as error:
+    except (AuditError, RuntimeError, IndexError) as error:
         yield Finding("secant", "law", 0, float("inf"), 0.0, (str(error).strip().splitlines() or [""])[0])
         return
     finally:

@@ -8,6 +8,7 @@ from .eap_ig import from_eap_ig, to_eap_ig
 from .faithfulness import Evaluation, evaluate_circuit
 from .features import FeatureCircuit
 from .formats import from_graphml, from_json, to_graphml, to_json
+from .neurons import NeuronCircuit
 from .nodes import Facts
 from .prompt_graph import AttributionGraph
 from .pruning import iterative_pruning
@@ -19,6 +20,7 @@ __all__ = [
     "Evaluation",
     "Facts",
     "FeatureCircuit",
+    "NeuronCircuit",
     "attribution_graph",
     "compare_circuits",
     "discover",

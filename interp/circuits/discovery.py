@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
-from ..attribution import RULED, adds_up
+from ..attribution import RULED, adds_up, between
 from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edge, Edit
 from ..engine.context import Experiment, Runs, context_of
@@ -33,17 +33,19 @@ from ..sites import Site
 from .acdc import acdc
 from .circuit import Circuit
 from .feature_discovery import discover_features
+from .neurons import discover_neurons
 from .nodes import Facts
 from .runs import given_cells
 
-LEVELS = ("edge", "node", "feature")
+LEVELS = ("edge", "node", "feature", "neuron")
 METHODS = ("eap", "eap-ig", "eap-ig-activations", "secant", "relp", "exact", "acdc")
-#: Methods of one backward pass, without interpolation.
-ONE_PASS = ("eap", *RULED)
 #: Methods that patch instead of taking gradients.
 PATCHING = ("exact", "acdc")
 #: What only some methods use; elsewhere it is refused rather than left aside.
 OPTIONS = {"within": PATCHING, "threshold": ("acdc",), "checkpoint": PATCHING}
+#: Options that only some levels use, and the methods of levels that do not have all.
+OF_LEVEL = {"saes": ("feature",), "top": ("feature", "neuron"), "patterns": ("neuron",)}
+SCORED_BY = {"feature": ("eap", "eap-ig"), "neuron": ("eap", "eap-ig", *RULED)}
 #: The site that holds a sender's output where it is not of the sender's own kind: the embedding's is the stream into block 0.
 ENTERING = Site("resid_pre", layer=0)
 
@@ -53,6 +55,7 @@ class DiscoverOptions(RunOptions, total=False):
 
     saes: Sequence[Dictionary]
     top: int
+    patterns: str
 
 
 @experiment
@@ -74,19 +77,24 @@ def discover(
     Args:
         method: "eap", Δ · gradient at the clean run (Syed et al. 2023); "eap-ig", gradients averaged over inputs
             between clean and corrupted (Hanna et al. 2024); "eap-ig-activations", averaged over the sender's own output
-            between the two, the heads of a layer together; "exact", every edge or node patched by itself; "acdc",
-            greedy removal (Conmy et al. 2023).
-        level: "edge" or "node" (heads, MLPs and the embedding); or "feature": features of the dictionaries `saes=` and what
-            each does not explain, with the edges between neighbouring dictionaries (Marks et al. 2024), by "eap" or "eap-ig".
-        steps, points: interpolation of the "ig" methods; midpoints (i + ½)/steps by default.
+            between the two, the heads of a layer together; "secant", slopes between the two runs in place of gradients, so
+            that effects add up to the metric's change (docs/attribution.md); "relp" (Jafari et al. 2025); "exact", every edge
+            or node patched by itself; "acdc", greedy removal (Conmy et al. 2023).
+        level: "edge" or "node" (heads, MLPs and the embedding); "feature": features of the dictionaries `saes=` and what
+            each does not explain, with the edges between neighbouring dictionaries (Marks et al. 2024), by "eap" or "eap-ig";
+            "neuron": hidden units of MLPs and heads, by any method that takes gradients.
+        steps, points: interpolation of the "ig" methods; midpoints (i + ½)/steps by default. Of "secant" `points=[0.5]` parts
+            the way in two, whose slopes are averaged.
         within: exact and acdc: only these edges (at level "node" the nodes of these edges); the others of an exact
             circuit are absent.
         threshold: acdc: an edge whose removal changes the metric by less is removed; default 0.01·|clean − corrupted|.
         options: `max_tokens`, `progress`, and of exact and acdc `checkpoint`: a path; finished edges are kept and a later call
-            continues. At level "feature" `saes`, dictionaries of the residual stream, and `top` (100): nodes that are kept.
+            continues. At level "feature" `saes`, dictionaries of the residual stream, and `top` (100): nodes that are kept. At
+            level "neuron" `top` (200), and `patterns`: "moving", or "held" at the clean run's ("secant").
 
     Returns:
-        Circuit with `scores()`; "acdc" has only the edges that stayed. At level "feature" a FeatureCircuit.
+        Circuit with `scores()`; "acdc" has only the edges that stayed. At level "feature" a FeatureCircuit, at level "neuron"
+        a NeuronCircuit.
 
     Raises:
         CircuitError, PairsError, MetricError: before the model runs. AuditError: edges do not add up on this model, or
@@ -101,32 +109,16 @@ def discover(
         >>> [name for name, score in circuit.ranking()[:3]]
         ['embed', 'L0.mlp', 'L23.H3']
     """
-    if method not in METHODS:
-        raise CircuitError(f"unknown method {method!r}; the methods are: {', '.join(METHODS)}")
-    if level not in LEVELS:
-        raise CircuitError(f"unknown level {level!r}; it is {', '.join(map(repr, LEVELS))}")
-    if method == "acdc" and level == "node":
-        raise CircuitError("acdc removes edges; for nodes use iterative_pruning, or method='exact'")
-    if pairs.corrupted is None:
-        raise CircuitError("discover corrupts edges: give PromptPairs(corrupted=[...])")
-    how = Options.of(options, "saes", "top", error=CircuitError)
+    how = Options.of(options, "saes", "top", "patterns", error=CircuitError)
+    used = {"within": within, "threshold": threshold, "checkpoint": how.checkpoint}
+    _check_request(method, level, pairs, used, options)
     encoded = model.encode(pairs)
     encoded.require_aligned("a circuit")
     encoded.require_corrupted("discover", CircuitError)
-    alphas = () if method in ONE_PASS else tuple(points) if points is not None else midpoints(max(0, steps))
-    if not alphas and method not in ONE_PASS:
-        raise CircuitError(f"{method} needs interpolation points: steps={steps}, points={points}; give 1 or more")
-    used = {"within": within, "threshold": threshold, "checkpoint": how.checkpoint}
-    for name, methods in OPTIONS.items():
-        if used[name] is not None and method not in methods:
-            raise CircuitError(f"{name}= is of no use to method={method!r}; it goes with {' and '.join(methods)}")
+    alphas = _points_of(method, steps, points)
     if level == "feature":
-        if method not in ("eap", "eap-ig"):
-            raise CircuitError(f"features are scored by 'eap' or 'eap-ig', not by {method!r}")
         saes, top = options.get("saes", ()), options.get("top", 100)
         return discover_features(model, pairs, saes, method, metric, top=top, alphas=alphas, options=how)
-    if given := [name for name in ("saes", "top") if options.get(name) is not None]:
-        raise CircuitError(f"{given[0]}= is of no use at level={level!r}; it goes with level='feature'")
     gradient = method not in PATCHING
     rounding = check_metric(metric, encoded, model.vocab_size, gradient=gradient, dtype=model.dtype)
     _rests(model, method, level)
@@ -147,6 +139,9 @@ def discover(
     if method == "exact":
         return exact(replace(asked, method=f"discover:exact-{level}"), level, within, meta, how)
     meta["points"] = list(alphas or (0.0,))
+    if level == "neuron":
+        held = options.get("patterns", "moving") == "held"
+        return discover_neurons(model, runs, metric, method, options.get("top", 200), held, alphas, how, meta)
     matrices, change = edge_attributions(model, runs, metric, method, alphas, how)
     if method in RULED:
         meta["completeness"] = adds_up(method, matrices[:, 0].sum(1), change)
@@ -154,6 +149,44 @@ def discover(
         by_node = node_scores(matrices)
         return Circuit.from_nodes(dict(zip((s.node for s in facts.senders), by_node, strict=True)), facts, meta)
     return Circuit.from_matrix(matrices.mean(0), None, facts, meta)
+
+
+def _check_request(
+    method: str, level: str, pairs: PromptPairs, used: dict[str, object], options: DiscoverOptions
+) -> None:
+    """Refuse what cannot be asked together, or an option that would be left aside."""
+    if method not in METHODS:
+        raise CircuitError(f"unknown method {method!r}; the methods are: {', '.join(METHODS)}")
+    if level not in LEVELS:
+        raise CircuitError(f"unknown level {level!r}; it is {', '.join(map(repr, LEVELS))}")
+    if method == "acdc" and level == "node":
+        raise CircuitError("acdc removes edges; for nodes use iterative_pruning, or method='exact'")
+    if level in SCORED_BY and method not in SCORED_BY[level]:
+        ways = " or ".join(map(repr, SCORED_BY[level]))
+        raise CircuitError(f"{level}s are scored by {ways}, not by {method!r}")
+    if pairs.corrupted is None:
+        raise CircuitError("discover corrupts edges: give PromptPairs(corrupted=[...])")
+    for name, methods in OPTIONS.items():
+        if used[name] is not None and method not in methods:
+            raise CircuitError(f"{name}= is of no use to method={method!r}; it goes with {' and '.join(methods)}")
+    for name, levels in OF_LEVEL.items():
+        if options.get(name) is not None and level not in levels:
+            ways = " or ".join(f"level={one!r}" for one in levels)
+            raise CircuitError(f"{name}= is of no use at level={level!r}; it goes with {ways}")
+    if (patterns := options.get("patterns", "moving")) not in ("moving", "held"):
+        raise CircuitError(f"patterns={patterns!r}; it is 'moving' or 'held'")
+
+
+def _points_of(method: str, steps: int, points: Sequence[float] | None) -> tuple[float, ...]:
+    """The inputs between the two runs that a method looks at. CircuitError: none for a method that needs some."""
+    if method == "eap":
+        return ()
+    if method in RULED:
+        return between(points)
+    alphas = tuple(points) if points is not None else midpoints(max(0, steps))
+    if not alphas:
+        raise CircuitError(f"{method} needs interpolation points: steps={steps}, points={points}; give 1 or more")
+    return alphas
 
 
 def _rests(model: Model, method: str, level: str) -> None:

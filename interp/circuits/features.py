@@ -17,7 +17,6 @@ from ..saes.library import Dictionary
 from .drawing import Box, Drawing
 
 LOGITS = "logits"
-SCHEMA = "interp.feature-circuit/1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +28,8 @@ class FeatureCircuit:
     "logits" are the effects of the last dictionary's nodes. `saes` are not saved: give them again to run a loaded circuit.
     """
 
+    SCHEMA = "interp.feature-circuit/1"
+    WHAT = "features"
     nodes: dict[str, float]
     edges: dict[tuple[str, str], float]
     meta: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +67,7 @@ class FeatureCircuit:
     def to_json(self, path: str | Path) -> None:
         """Write nodes, edges and meta. CircuitError: it cannot be written."""
         edges = [[*edge, score] for edge, score in self.edges.items()]
-        data = {"schema": SCHEMA, "nodes": self.nodes, "edges": edges, "meta": self.meta}
+        data = {"schema": self.SCHEMA, "nodes": self.nodes, "edges": edges, "meta": self.meta, **self.more()}
         try:
             write_atomically(path_of(path, CircuitError), json.dumps(data, indent=1).encode())
         except OSError as error:
@@ -77,15 +78,24 @@ class FeatureCircuit:
         """A circuit that `to_json` wrote. CircuitError: a file that is none."""
         try:
             data = json.loads(path_of(path, CircuitError).read_text())
-            if data["schema"] != SCHEMA:
-                raise ValueError(f"its schema is {data['schema']!r}, not {SCHEMA!r}")
+            if data["schema"] != cls.SCHEMA:
+                raise ValueError(f"its schema is {data['schema']!r}, not {cls.SCHEMA!r}")
             edges = {(start, end): float(score) for start, end, score in data["edges"]}
             nodes = {str(name): float(score) for name, score in data["nodes"].items()}
         except OSError as error:
             raise CircuitError(f"cannot read {path}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CircuitError(f"{path} is no circuit of features: {error}") from error
-        return cls(nodes, edges, data.get("meta", {}), tuple(saes))
+            raise CircuitError(f"{path} is no circuit of {cls.WHAT}: {error}") from error
+        return cls(nodes, edges, data.get("meta", {}), tuple(saes), **cls.of_more(data))
+
+    def more(self) -> dict[str, Any]:
+        """What another kind of circuit writes besides."""
+        return {}
+
+    @classmethod
+    def of_more(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that it reads of that."""
+        return {}
 
     def drawing(self) -> Drawing:
         """Rows of the dictionaries, the logits on top; features by number."""

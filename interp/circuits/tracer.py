@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import networkx as nx
@@ -71,3 +71,35 @@ def as_tracer(graph: PromptGraph, slug: str) -> dict[str, Any]:
     }  # fmt: skip
     return {"metadata": metadata, "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both"},
             "nodes": nodes, "links": links}  # fmt: skip
+
+
+#: Heads have no number among a layer's features: theirs begin here.
+FIRST_HEAD = 1_000_000
+
+
+def of_neurons(
+    nodes: Mapping[str, float], edges: Mapping[tuple[str, str], float], meta: Mapping[str, Any], slug: str
+) -> dict[str, Any]:
+    """The same three parts of a graph of neurons and heads; effects are its activations, and all stand at one position."""
+    top = sum(map(abs, nodes.values())) or 1.0
+    layers, made, ids = meta.get("n_layers", 0), [], {}
+    for name in [*nodes, "logits"]:
+        layer, number, kind = str(layers), 0, "logit"
+        if name == "embed":
+            layer, kind = "E", "embedding"
+        elif name != "logits":
+            layer, what = name[1:].split(".", 1)
+            number = FIRST_HEAD + int(what[1:]) if what[0] == "H" else int(what.split("[")[1].rstrip("]"))
+            kind = "cross layer transcoder"
+        ids[name] = f"{layer}_{number}_0"
+        made.append({
+            "node_id": ids[name], "feature": number, "layer": layer, "ctx_idx": 0, "feature_type": kind, "token_prob": 0.0,
+            "is_target_logit": kind == "logit", "run_idx": 0, "reverse_ctx_idx": 0, "jsNodeId": f"{layer}_{number}-0",
+            "clerp": str(meta.get("metric")) if kind == "logit" else name, "influence": abs(nodes.get(name, 0.0)) / top,
+            "activation": nodes.get(name),
+        })  # fmt: skip
+    links = [{"source": ids[a], "target": ids[b], "weight": weight} for (a, b), weight in edges.items()]
+    metadata = {"slug": slug, "scan": meta.get("model"), "prompt_tokens": ["·"], "prompt": "", "node_threshold": None,
+                "schema_version": 1}  # fmt: skip
+    return {"metadata": metadata, "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both"},
+            "nodes": made, "links": links}  # fmt: skip

@@ -52,6 +52,44 @@ def pull_back_ruled(norm: Envoy, method: str, x: Tensor, end: Tensor, cotangent:
     return torch.stack([part[: len(x)] for part in parts], dim=1)
 
 
+class Norms:
+    """Gradients by what a norm of a block gives, taken back to the stream that it reads, in a program's rows."""
+
+    def __init__(self, model: Envoy, taps: Taps, program: Program, tape: Tape) -> None:
+        self.layers, self.taps, self.tape = at(model, taps["layers"]), taps, tape
+        self.rows, self.method = program["gradient"], program["rule"]
+        self.ends = program["until"].flatten()
+
+    def module(self, layer: int, name: str | None) -> Envoy:
+        """A block's norm; None where it has none there."""
+        return at(self.layers[layer], name) if name else None
+
+    def entering(self, layer: int) -> Tensor:
+        """What the block's projections read."""
+        norm, stream = self.module(layer, self.taps["norm1"]), self.tape.value[layer, "resid_pre"]
+        here = stream[self.rows.flatten().to(stream.device)]
+        return here if norm is None else norm(here)
+
+    def attention(self, layer: int, cotangent: Tensor) -> Tensor:
+        """Cotangents `[row, read, position, d_model]` of what attention reads, averaged over each pair's rows."""
+        norm = self.module(layer, self.taps["norm1"])
+        return self.back(norm, self.tape.value[layer, "resid_pre"], cotangent)
+
+    def mlp(self, layer: int, cotangent: Tensor) -> Tensor:
+        """The same of what the MLP reads."""
+        stream = self.tape.value[layer, "resid_pre" if self.taps["parallel"] else "resid_mid"]
+        return self.back(self.module(layer, self.taps["norm2"]), stream, cotangent)
+
+    def back(self, norm: Envoy, x: Tensor, cotangent: Tensor) -> Tensor:
+        """Through one norm, at a stream `[row, position, d_model]`."""
+        here = x[self.rows.flatten().to(x.device)].to(cotangent.device)
+        if self.method == "gradient":
+            made = pull_back(norm, here, cotangent)
+        else:
+            made = pull_back_ruled(norm, self.method, here, x[self.ends.to(x.device)].to(cotangent.device), cotangent)
+        return made.unflatten(0, tuple(self.rows.shape)).mean(1)
+
+
 def read_gradients(
     model: Envoy,
     taps: Taps,
@@ -61,37 +99,18 @@ def read_gradients(
     layer: int,
 ) -> Tensor:
     """Gradient of the metric by what each receiver of a layer reads: `[pair, receiver, position, d_model]`, q, k, v, mlp."""
-    block = at(model, taps["layers"])[layer]
-    rows, method = program["gradient"], program["rule"]
-    flat, ends = rows.flatten(), program["until"].flatten()
-    reads = []
-
-    def pulled(norm: Envoy, x: Tensor, cotangent: Tensor) -> Tensor:
-        here = x[flat.to(x.device)].to(cotangent.device)
-        if method == "gradient":
-            return pull_back(norm, here, cotangent)
-        return pull_back_ruled(norm, method, here, x[ends.to(x.device)].to(cotangent.device), cotangent)
-
-    stream = tape.value[layer, "resid_pre"]
-    norm = at(block, taps["norm1"]) if taps["norm1"] else None
-    where = gradients[layer, "q"].device
-    entering = stream[flat.to(stream.device)].to(where)
-    entering = norm(entering) if norm is not None else entering
+    norms, flat, reads = Norms(model, taps, program, tape), program["gradient"].flatten(), []
+    entering = norms.entering(layer).to(gradients[layer, "q"].device)
     for place, kind in enumerate(READERS[:3]):
         gradient = gradients[layer, kind]
         index = part_index(taps, kind).to(gradient.device)
         by_head = gradient[flat.to(gradient.device)][..., index]
-        weight, _ = affine(at(block, taps["qkv"][place]), entering)
+        weight, _ = affine(at(norms.layers[layer], taps["qkv"][place]), entering)
         reads.append(torch.einsum("rphd,hdm->rhpm", by_head, weight[index]))
-    read = torch.cat(reads, dim=1)  # on the block's device, where its input may not have been yet
-    attention = pulled(norm, stream, read)
-    middle = stream if taps["parallel"] else tape.value[layer, "resid_mid"]
-    norm = at(block, taps["norm2"]) if taps["norm2"] else None
-    entering = gradients[layer, "mlp_in"]
-    entering = entering[flat.to(entering.device)].unsqueeze(1)
-    mlp = pulled(norm, middle, entering)
-    both = torch.cat([attention, mlp.to(attention.device)], dim=1)
-    return both.unflatten(0, tuple(rows.shape)).mean(1)
+    attention = norms.attention(layer, torch.cat(reads, dim=1))
+    by_mlp = gradients[layer, "mlp_in"]
+    mlp = norms.mlp(layer, by_mlp[flat.to(by_mlp.device)].unsqueeze(1))
+    return torch.cat([attention, mlp.to(attention.device)], dim=1)
 
 
 def edge_scores(model: Envoy, taps: Taps, program: Program, tape: Tape, total: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ def forward(model: Envoy, run: Run, metric: Callable[..., Tensor] | None, result
         logits = answer_logits(model, run)
         if run.tape is not None:
             run.tape.logits = logits
-        with run.rules or nullcontext():
+        with nullcontext() if run.rules is None else run.rules.of_metric():
             result["metric"] = score(metric, logits, run.program) if metric is not None else None
         if run.program["want_logits"]:
             result["logits"] = logits

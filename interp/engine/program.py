@@ -66,6 +66,7 @@ class Program(TypedDict, total=False):
     until: Tensor  # [pair, step] the other end's row of each row in `gradient`, for rules that look at two
     steps: dict[Place, Tensor]  # {site: [pair, step]} rows that move each site by itself (ig-activations), or {}
     features: Sequence[tuple[int, str, str]]  # dictionaries by depth: layer, its view, and the view of what it leaves
+    nodes: Tensor  # [node, (layer, 0 head or 1 unit, number)] for edges between these, see `interp.engine.neuron_edges`
     by_edge: bool  # whether scores of edges are wanted instead, see `edge_gradients`
     columns: Tensor | None  # [pair, position] the source position that belongs to each base position (None: the same)
     drop: Sequence[int]  # layers to drop one at a time in the backward pass (GradDrop)

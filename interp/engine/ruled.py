@@ -94,6 +94,19 @@ def tensors(given: Any) -> Iterator[Tensor]:
             yield from tensors(one)
 
 
+class Paused:
+    """Steps without their rules."""
+
+    def __init__(self, ruling: Any) -> None:
+        self.ruling = ruling
+
+    def __enter__(self) -> None:
+        self.ruling.whole += 1
+
+    def __exit__(self, *_: Any) -> None:
+        self.ruling.whole -= 1
+
+
 class Ruling(TorchFunctionMode):
     """A forward pass under the rules of a method. A class: functions travel to a server without their decorators.
 
@@ -102,12 +115,12 @@ class Ruling(TorchFunctionMode):
     """
 
     def __init__(self, method: str, model: Envoy, rows: Rows) -> None:
-        super().__init__()
+        TorchFunctionMode.__init__(self)  # super() finds no class where only the source has travelled
         self.method, self.rules, self.rows = method, RULES[method], rows
         self.root = getattr(model, "_module", model)
         self.surrogate = surrogate_class()
         self.used: set[str] = set()  # the steps that took a rule
-        self.adds_up = method == "secant"
+        self.adds_up = method.startswith("secant")
         self.whole = 0  # inside a module that is taken as one step
         self.handles: list[Any] = []
         self.wanting: list[Tensor] = []
@@ -131,13 +144,13 @@ class Ruling(TorchFunctionMode):
                     known[kind] = known[kind] if kind in known else acts_on_numbers(module)
                     if known[kind]:
                         self.take(module, self.activation)
-        super().__enter__()
+        TorchFunctionMode.__enter__(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
         if not self.rules:
             return
-        super().__exit__(*error)
+        TorchFunctionMode.__exit__(self, *error)
         self.depth -= 1
         if self.depth == 0:
             for handle in self.handles:
@@ -145,6 +158,10 @@ class Ruling(TorchFunctionMode):
             for weight in self.wanting:
                 weight.requires_grad_(True)
             self.handles.clear()
+
+    def of_metric(self) -> Any:
+        """Run a metric under these rules where effects are to add up, and without them otherwise."""
+        return self if self.adds_up or not self.rules else Paused(self)
 
     def take(self, module: Any, rule: Any) -> None:
         """Take a module as one step."""

@@ -36,7 +36,7 @@ from .step_rules import (
 LINEAR = frozenset(
     """
     requires_grad_ view view_as reshape flatten unflatten transpose permute movedim swapaxes t __get__ contiguous
-    clone to type_as float double half bfloat16 cat stack concat split chunk unbind __getitem__ getitem select narrow
+    clone to type type_as float double half bfloat16 cat stack concat split chunk unbind __getitem__ getitem select narrow
     index_select squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave roll flip add add_ __add__
     __radd__ __iadd__ sub sub_ __sub__ rsub __rsub__ __isub__ neg __neg__ mean sum cumsum dropout where masked_fill
     masked_fill_ masked_select pad tril triu copy_ __setitem__ index_add index_add_ scatter scatter_ scatter_add
@@ -94,4 +94,10 @@ RULES: dict[str, dict[str, Rule]] = {
         **dict.fromkeys(("layer_norm", "rms_norm"), norm(False)),
         "scaled_dot_product_attention": attention(False),
     },
+}
+#: The same with attention patterns held at the base run's, so that only values pass through attention.
+RULES["secant held"] = {
+    **RULES["secant"],
+    **dict.fromkeys(("softmax", "_softmax"), softmax(False)),
+    "scaled_dot_product_attention": attention(False),
 }

@@ -261,3 +261,37 @@ def feature_estimates(
         [np.stack([found[pair][part].numpy() for pair in range(len(runs))]) for part in range(len(found[0]))]
         for found in (nodes, edges)
     )
+
+
+def neuron_estimates(
+    model: Model,
+    context: Context,
+    metric: Metric,
+    nodes: Sequence[tuple[int, int, int]],
+    how: GradientSpec,
+    budget: int,
+    bar: tuple[str, bool | None],
+) -> dict[str, np.ndarray]:
+    """Effects of all neurons, heads and of the embedding, by name, or "edges" between `nodes`; see `interp.engine.neuron_edges`.
+
+    With them "change", the metric's between the runs. Axes begin with the pair.
+    """
+    found: dict[str, dict[int, Tensor]] = {}
+
+    def make(block: Sequence[int]) -> Program:
+        program = program_of(context, how, {}, block)
+        program["nodes"] = torch.tensor(list(nodes), dtype=torch.long).reshape(-1, 3)
+        return program
+
+    def add(piece: Reading, result: dict) -> None:
+        ends = result["metric"][: 2 * len(piece.asked)].double().cpu()
+        made = {"change": ends[1::2] - ends[::2], **result.get("effects", {})}
+        if "edges" in result:
+            made["edges"] = result["edges"]
+        for name, part in made.items():
+            found.setdefault(name, {}).update(zip(piece.asked, part, strict=True))
+
+    runs = context.runs
+    blocks = pack_pairs(runs.order, runs.lengths, runs.streams + len(how["fractions"]), budget)
+    run_readings(model, [Reading.of(block, make) for block in blocks], add, execute_gradients, metric, bar)
+    return {name: torch.stack([part[pair] for pair in range(len(runs))]).numpy() for name, part in found.items()}

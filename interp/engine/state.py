@@ -44,7 +44,7 @@ class Run:
         spec = program.get("edges")
         self.edges = Edges(taps, spec) if spec is not None else None
         self.tape: Tape | None = None  # activations that gradients are taken of
-        self.rules: Any = None  # backward rules that the metric is under
+        self.rules: Any = None  # backward rules, which may be the metric's too
         self.cache: Any = None
         self.below: list[tuple[Tensor, Tensor]] = []  # keys and values below the first position run, by layer
         self.entering: Tensor | None = None  # residual stream entering the first block that is run

@@ -22,6 +22,7 @@ from .forward import forward, walk
 from .frozen import Frozen, edge_rows
 from .generating import Generating
 from .gradients import Tape, attributions, slope, total_of, wanted_tapes
+from .neuron_edges import neuron_scores, neuron_tapes
 from .rotary import RowsAlone
 from .ruled import ruling
 from .state import Run
@@ -108,19 +109,22 @@ def execute_gradients(
     for index, program in enumerate(programs):
         run = Run(taps, program)
         by_edge = program["by_edge"]
-        by_feature = bool(program.get("features"))
+        by_feature, by_neuron = bool(program.get("features")), "nodes" in program
         wanted = edge_tapes(taps) if by_edge else wanted_tapes(taps, program)
-        wanted |= feature_tapes(program) if by_feature else set()
+        wanted |= feature_tapes(program) if by_feature else neuron_tapes(taps) if by_neuron else set()
         run.tape = Tape(wanted)
         run.want(*wanted)
         rules = ruling(program["rule"], model, program)
-        run.rules = rules if rules.adds_up else None  # of the metric too
+        run.rules = rules
         with RowsAlone(model, taps), rules, torch.enable_grad(), model.trace(**program["inputs"]):
             result = nnsight.save({})
             forward(model, run, metric, result)
             if by_edge:
                 total = result["metric"][program["gradient"].flatten().to(result["metric"].device)].sum()
                 result["edges"] = edge_scores(model, taps, program, run.tape, total)
+            elif by_neuron:
+                total = total_of(program, result["metric"])
+                result.update(neuron_scores(model, taps, program, run.tape, total))
             elif by_feature:
                 total = total_of(program, result["metric"])
                 result.update(feature_scores(taps, program, run.tape, total))

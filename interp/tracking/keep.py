@@ -171,8 +171,8 @@ KEEPERS: dict[str, Callable[[Path, str, object], Path]] = {
 
 
 def read_circuit(path: Path) -> Circuit | FeatureCircuit | AttributionGraph:
-    """What `keep_circuit` wrote, whichever of the three it was."""
-    from ..circuits import AttributionGraph, Circuit, FeatureCircuit
+    """What `keep_circuit` wrote, whichever kind it was."""
+    from ..circuits import AttributionGraph, Circuit, FeatureCircuit, NeuronCircuit
 
     try:
         schema = str(json.loads(path.read_text(encoding="utf-8")).get("schema"))
@@ -180,6 +180,8 @@ def read_circuit(path: Path) -> Circuit | FeatureCircuit | AttributionGraph:
         raise TrackerError(f"{path} cannot be read: {error}") from error
     if "attribution-graph" in schema:
         return AttributionGraph.load(path)
+    if "neuron-circuit" in schema:
+        return NeuronCircuit.from_json(path)
     return FeatureCircuit.from_json(path) if "feature-circuit" in schema else Circuit.from_json(path)
 
 

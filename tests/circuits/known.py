@@ -46,7 +46,8 @@ class Known:
 
 @cache
 def compiled(name: str) -> Any:
-    """A tracr program: "frac_prevs" (the fraction of x among the tokens so far) or "reverse".
+    """A tracr program: "frac_prevs" (the fraction of x among the tokens so far), "reverse", "hist" (how often the token at a
+    position came until there) or "count" (how often a did).
 
     Imports jax, which takes seconds.
     """
@@ -56,10 +57,13 @@ def compiled(name: str) -> Any:
     programs = {
         "frac_prevs": (lambda: lib.make_frac_prevs(rasp.tokens == "x"), {"w", "x", "y"}),
         "reverse": (lambda: lib.make_reverse(rasp.tokens), {"a", "b", "c"}),
+        "hist": (lib.make_hist, {"a", "b", "c"}),
+        "count": (lambda: lib.make_count(rasp.tokens, "a"), {"a", "b", "c"}),
     }
     program, vocabulary = programs[name]
+    length = 5 if name in ("hist", "count") else 4
     return compiling.compile_rasp_to_model(
-        program(), vocab=vocabulary, max_seq_len=4, causal=True, compiler_bos=BOS, compiler_pad=PAD
+        program(), vocab=vocabulary, max_seq_len=length, causal=True, compiler_bos=BOS, compiler_pad=PAD
     )
 
 
@@ -96,6 +100,48 @@ def reverse() -> Known:
     prompts = [("a c b b", "b c b b"), ("b a c a", "c a b b"), ("c c a b", "a c a b"), ("a b b c", "c a a c")]
     pairs = _pairs("reverse", prompts, [a[0] for a, _ in prompts], [b[0] for _, b in prompts])
     return Known("reverse", model, _tokenizer(words), pairs, frozenset({("embed", "L3.H0.v"), ("L3.H0", "logits")}))
+
+
+def _counting(name: str, column: str, prompts: list[tuple[str, str]], edges: set[tuple[str, str]]) -> Known:
+    """A program whose head 0.0 attends to BOS and to what is counted, so that MLP 0 can tell the number by BOS's share.
+
+    The logits of the numbers, at the last position, are the output. At both ends the ramps of the MLP are flat.
+    """
+    numbers = [str(number) for number in range(6)]
+    words = [*_words(compiled(name)), *numbers]
+    model = _from_tracr(compiled(name), len(words))
+    labels = compiled(name).residual_labels
+    with torch.no_grad():
+        for number in numbers:
+            model.lm_head.weight[words.index(number), _column(labels, column, number)] = 1.0
+    said = [[str(compiled(name).apply([BOS, *prompt.split()]).decoded[-1]) for prompt in pair] for pair in prompts]
+    pairs = _pairs(name, prompts, [right for right, _ in said], [wrong for _, wrong in said])
+    return Known(name, model, _tokenizer(words), pairs, frozenset(edges))
+
+
+@cache
+def hist() -> Known:
+    """tracr's hist: how often the last token came in the prompt. The pairs change it, or one like it."""
+    prompts = [
+        ("a b a c a", "a b a c b"),
+        ("a b b c b", "a b b c c"),
+        ("c c a c c", "c a a c c"),
+        ("b a c b b", "b a c a b"),
+    ]
+    after = {("L0.H0", "L0.mlp"), ("L0.mlp", "logits")}
+    return _counting("hist", "hist", prompts, {("embed", "L0.H0.q"), ("embed", "L0.H0.k"), *after})
+
+
+@cache
+def count() -> Known:
+    """tracr's count of a, whatever stands last."""
+    prompts = [
+        ("a b a c b", "a b c c b"),
+        ("b b a c c", "b b c c c"),
+        ("a a b a b", "c a b a b"),
+        ("a a b c c", "a c b c c"),
+    ]
+    return _counting("count", "count_a", prompts, {("embed", "L0.H0.k"), ("L0.H0", "L0.mlp"), ("L0.mlp", "logits")})
 
 
 @cache
@@ -210,9 +256,9 @@ def cancelling() -> Known:
     return Known("cancelling", model, _tokenizer(words), pairs, frozenset(edges), ("L0.H0",))
 
 
-#: Every known model by name; the first two need tracr.
+#: Every known model by name; the first four need tracr.
 KNOWN: dict[str, Callable[[], Known]] = {
-    "frac_prevs": frac_prevs, "reverse": reverse, "induction": induction, "linear": linear,
+    "frac_prevs": frac_prevs, "reverse": reverse, "hist": hist, "count": count, "induction": induction, "linear": linear,
     "saturated": saturated, "cancelling": cancelling,
 }  # fmt: skip
 

@@ -16,11 +16,14 @@ from interp.circuits import Circuit, Facts, compare_circuits, discover
 
 from .known import KNOWN
 
-PROGRAMS = ("induction", "frac_prevs", "reverse", "saturated", "cancelling", "linear")
+PROGRAMS = ("induction", "frac_prevs", "reverse", "hist", "count", "saturated", "cancelling", "linear")
 METHODS = {
     "eap": {},
+    "eap-ig-5": {"steps": 5},
     "eap-ig": {"steps": 20},
     "eap-ig-activations": {"steps": 20},
+    "secant": {},
+    "relp": {},
     "exact": {},
     "acdc": {},
 }
@@ -42,7 +45,7 @@ def model(name: str) -> interp.Model:
 @cache
 def found(name: str, method: str) -> Circuit:
     """What a method says of a known model."""
-    return discover(model(name), KNOWN[name]().pairs, method, progress=False, **METHODS[method])
+    return discover(model(name), KNOWN[name]().pairs, method.removesuffix("-5"), progress=False, **METHODS[method])
 
 
 def auroc(name: str, method: str) -> float:
