@@ -14,7 +14,7 @@ from .engine.context import Context, Experiment, Runs, context_of
 from .engine.rows import Row, make_rows
 from .engine.run import check_cells, check_runs, make_effects, provenance, run_cells
 from .engine.schedule import choose_schedule, gradient_budget
-from .engine.slopes import FLAT, GradientSpec, estimate, midpoints
+from .engine.slopes import ENTRY, FLAT, GradientSpec, estimate, midpoints
 from .engine.trial import check_metric, name_of
 from .errors import PlanError
 from .journal import experiment
@@ -62,23 +62,28 @@ def attribute(
             "atp*", with q and k through the exact softmax and GradDrop over layers (Kramár et al. 2024): a cell's
             magnitude is a mean over dropped layers, its sign that of the plain estimate; "ig", gradients averaged over
             embeddings between base and source (Hanna et al. 2024); "ig-activations", averaged over each site's own
-            activation between the two.
-        steps: interpolation points of the two "ig" methods; `points` gives them outright (0 base, 1 source).
+            activation between the two; "secant", the slope of each step between the two runs in place of its derivative, so
+            that estimates add up to the metric's change over any cut through the model (docs/attribution.md); "relp",
+            relevance patching (Jafari et al. 2025).
+        steps: interpolation points of the two "ig" methods; `points` gives them outright (0 base, 1 source). Of "secant"
+            `points=[0.5]` parts the way in two, whose slopes are averaged.
         verify: patch the `verify` cells of largest |estimate| exactly, and as many others drawn at random, in one call.
             Exact values replace estimates; `provenance["verification"]` reports both and what attribution missed.
 
     Returns:
-        Effects on the scale of `patch`, base metric plus the estimated change.
+        Effects on the scale of `patch`, base metric plus the estimated change. Of "secant" and "relp"
+        `provenance["completeness"]`: how far the embeddings' estimates, added up, are off the metric's change, relative to it.
 
     Raises:
         PlanError: unknown method, a plan with constants or edges, or a site without a gradient.
-        PairsError: an "ig" method on prompts that differ in length, or prompts that are the same in every pair.
+        PairsError: "ig", "secant" or "relp" on prompts that differ in length, or prompts that are the same in every pair.
+        AuditError: "secant" or "relp" on a model with a step that has no rule, by the step's name, or whose sum is off.
         MetricError: a metric without a gradient.
         SiteError, AnswerError: as `patch`.
 
     Warns:
         UserWarning: the metric's gradient vanishes at the base run, as KL's does at the clean run; the two prompts of some
-            pairs are the same.
+            pairs are the same; the embeddings' estimates are off by more than 1 %.
 
     Examples:
         >>> estimate = interp.attribute(model, pairs, interp.heads("z", layers=[20, 23]), method="ig", steps=3)
@@ -107,15 +112,7 @@ def attribute(
     context = context_of(model, runs, resolved, choose_schedule(model, "growing"))
     rows, _ = make_rows(resolved, context, prune=False)
     _check_places(rows, context, method)
-    how: GradientSpec = {
-        "tape": sorted({(entry.layer, context.names[entry.kind]) for row in rows for entry in row.entries}),
-        "fractions": alphas if averaged or method in RULED else (),
-        "moved": [(-1, "embed")] if method == "ig" or method in RULED else [],
-        "drop": list(range(model.n_layers)) if method == "atp*" and model.n_layers > 1 else [],
-        "exact_qk": method == "atp*",
-        "by_edge": False,
-        "rule": method if method in RULED else "gradient",
-    }
+    how = _how(model, context, rows, method, alphas)
     budget = options.max_tokens or gradient_budget(model)
     estimated = estimate(model, context, rows, metric, how, budget)
     changes = estimated.changes(len(resolved.cells))
@@ -147,6 +144,19 @@ def attribute(
         verification=report,
     )
     return make_effects(asked, estimates, estimated.base, estimated.source, record)
+
+
+def _how(model: Model, context: Context, rows: Sequence[Row], method: str, alphas: tuple[float, ...]) -> GradientSpec:
+    """How a method takes gradients."""
+    return {
+        "tape": sorted({(entry.layer, context.names[entry.kind]) for row in rows for entry in row.entries}),
+        "fractions": alphas if method.startswith("ig") or method in RULED else (),
+        "moved": [ENTRY] if method == "ig" or method in RULED else [],
+        "drop": list(range(model.n_layers)) if method == "atp*" and model.n_layers > 1 else [],
+        "exact_qk": method == "atp*",
+        "by_edge": False,
+        "rule": method if method in RULED else "gradient",
+    }
 
 
 def between(points: Sequence[float] | None) -> tuple[float, ...]:

@@ -48,7 +48,8 @@ SHIPPED = (
     "models/layout.py", "engine/trace.py", "engine/forward.py",
     "engine/attention.py", "engine/state.py", "engine/readout.py", "engine/edges.py", "engine/gradients.py",
     "engine/edge_gradients.py", "engine/feature_edges.py", "engine/frozen.py", "engine/generating.py", "engine/rotary.py",
-    "engine/views.py", "engine/hooked.py",
+    "engine/views.py", "engine/hooked.py", "engine/rules.py", "engine/step_rules.py", "engine/softmax_rules.py",
+    "engine/ruled.py", "engine/experts.py", "engine/neuron_edges.py",
     "saes/readers.py",
 )  # fmt: skip
 #: Packages that one room alone may import, wherever in its files.

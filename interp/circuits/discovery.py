@@ -11,51 +11,34 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
-from ..attribution import RULED, adds_up, between
+from ..attribution import RULED, adds_up
 from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edge, Edit
 from ..engine.context import Experiment, Runs, context_of
 from ..engine.program import Place
 from ..engine.run import prompts_said, run_cells
 from ..engine.schedule import gradient_budget
-from ..engine.slopes import FLAT, edge_estimates, midpoints
+from ..engine.slopes import FLAT, edge_estimates
 from ..engine.trial import check_metric, name_of
 from ..errors import CircuitError
 from ..journal import experiment
 from ..metrics import Metric, logit_diff
 from ..models.model import EDGE_LAWS, GRADIENT_LAWS, Model
 from ..models.steady import steady
-from ..options import Options, RunOptions
+from ..options import Options
 from ..order import Order
 from ..pairs import PromptPairs
-from ..saes.library import Dictionary
 from ..sites import Site
 from .acdc import acdc
 from .circuit import Circuit
 from .feature_discovery import discover_features
 from .neurons import discover_neurons
 from .nodes import Facts
+from .requests import OF_LEVEL, PATCHING, DiscoverOptions, check_request, points_of
 from .runs import given_cells
 
-LEVELS = ("edge", "node", "feature", "neuron")
-METHODS = ("eap", "eap-ig", "eap-ig-activations", "secant", "relp", "exact", "acdc")
-#: Methods that patch instead of taking gradients.
-PATCHING = ("exact", "acdc")
-#: What only some methods use; elsewhere it is refused rather than left aside.
-OPTIONS = {"within": PATCHING, "threshold": ("acdc",), "checkpoint": PATCHING}
-#: Options that only some levels use, and the methods of levels that do not have all.
-OF_LEVEL = {"saes": ("feature",), "top": ("feature", "neuron"), "patterns": ("neuron",)}
-SCORED_BY = {"feature": ("eap", "eap-ig"), "neuron": ("eap", "eap-ig", *RULED)}
 #: The site that holds a sender's output where it is not of the sender's own kind: the embedding's is the stream into block 0.
 ENTERING = Site("resid_pre", layer=0)
-
-
-class DiscoverOptions(RunOptions, total=False):
-    """The keyword options of `discover`."""
-
-    saes: Sequence[Dictionary]
-    top: int
-    patterns: str
 
 
 @experiment
@@ -111,11 +94,11 @@ def discover(
     """
     how = Options.of(options, "saes", "top", "patterns", error=CircuitError)
     used = {"within": within, "threshold": threshold, "checkpoint": how.checkpoint}
-    _check_request(method, level, pairs, used, options)
+    check_request(method, level, pairs, used, options)
     encoded = model.encode(pairs)
     encoded.require_aligned("a circuit")
     encoded.require_corrupted("discover", CircuitError)
-    alphas = _points_of(method, steps, points)
+    alphas = points_of(method, steps, points)
     if level == "feature":
         saes, top = options.get("saes", ()), options.get("top", 100)
         return discover_features(model, pairs, saes, method, metric, top=top, alphas=alphas, options=how)
@@ -139,7 +122,7 @@ def discover(
     if method == "exact":
         return exact(replace(asked, method=f"discover:exact-{level}"), level, within, meta, how)
     meta["points"] = list(alphas or (0.0,))
-    if level == "neuron":
+    if level in OF_LEVEL["patterns"]:
         held = options.get("patterns", "moving") == "held"
         return discover_neurons(model, runs, metric, method, options.get("top", 200), held, alphas, how, meta)
     matrices, change = edge_attributions(model, runs, metric, method, alphas, how)
@@ -149,44 +132,6 @@ def discover(
         by_node = node_scores(matrices)
         return Circuit.from_nodes(dict(zip((s.node for s in facts.senders), by_node, strict=True)), facts, meta)
     return Circuit.from_matrix(matrices.mean(0), None, facts, meta)
-
-
-def _check_request(
-    method: str, level: str, pairs: PromptPairs, used: dict[str, object], options: DiscoverOptions
-) -> None:
-    """Refuse what cannot be asked together, or an option that would be left aside."""
-    if method not in METHODS:
-        raise CircuitError(f"unknown method {method!r}; the methods are: {', '.join(METHODS)}")
-    if level not in LEVELS:
-        raise CircuitError(f"unknown level {level!r}; it is {', '.join(map(repr, LEVELS))}")
-    if method == "acdc" and level == "node":
-        raise CircuitError("acdc removes edges; for nodes use iterative_pruning, or method='exact'")
-    if level in SCORED_BY and method not in SCORED_BY[level]:
-        ways = " or ".join(map(repr, SCORED_BY[level]))
-        raise CircuitError(f"{level}s are scored by {ways}, not by {method!r}")
-    if pairs.corrupted is None:
-        raise CircuitError("discover corrupts edges: give PromptPairs(corrupted=[...])")
-    for name, methods in OPTIONS.items():
-        if used[name] is not None and method not in methods:
-            raise CircuitError(f"{name}= is of no use to method={method!r}; it goes with {' and '.join(methods)}")
-    for name, levels in OF_LEVEL.items():
-        if options.get(name) is not None and level not in levels:
-            ways = " or ".join(f"level={one!r}" for one in levels)
-            raise CircuitError(f"{name}= is of no use at level={level!r}; it goes with {ways}")
-    if (patterns := options.get("patterns", "moving")) not in ("moving", "held"):
-        raise CircuitError(f"patterns={patterns!r}; it is 'moving' or 'held'")
-
-
-def _points_of(method: str, steps: int, points: Sequence[float] | None) -> tuple[float, ...]:
-    """The inputs between the two runs that a method looks at. CircuitError: none for a method that needs some."""
-    if method == "eap":
-        return ()
-    if method in RULED:
-        return between(points)
-    alphas = tuple(points) if points is not None else midpoints(max(0, steps))
-    if not alphas:
-        raise CircuitError(f"{method} needs interpolation points: steps={steps}, points={points}; give 1 or more")
-    return alphas
 
 
 def _rests(model: Model, method: str, level: str) -> None:

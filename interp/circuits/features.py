@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import networkx as nx
 
@@ -67,14 +67,14 @@ class FeatureCircuit:
     def to_json(self, path: str | Path) -> None:
         """Write nodes, edges and meta. CircuitError: it cannot be written."""
         edges = [[*edge, score] for edge, score in self.edges.items()]
-        data = {"schema": self.SCHEMA, "nodes": self.nodes, "edges": edges, "meta": self.meta, **self.more()}
+        data = {"schema": self.SCHEMA, "nodes": self.nodes, "edges": edges, "meta": self.meta, "reads": self.more()}
         try:
             write_atomically(path_of(path, CircuitError), json.dumps(data, indent=1).encode())
         except OSError as error:
             raise CircuitError(f"cannot write {path}: {error.strerror or error}") from error
 
     @classmethod
-    def from_json(cls, path: str | Path, saes: Sequence[Dictionary] = ()) -> FeatureCircuit:
+    def from_json(cls, path: str | Path, saes: Sequence[Dictionary] = ()) -> Self:
         """A circuit that `to_json` wrote. CircuitError: a file that is none."""
         try:
             data = json.loads(path_of(path, CircuitError).read_text())
@@ -86,16 +86,15 @@ class FeatureCircuit:
             raise CircuitError(f"cannot read {path}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CircuitError(f"{path} is no circuit of {cls.WHAT}: {error}") from error
-        return cls(nodes, edges, data.get("meta", {}), tuple(saes), **cls.of_more(data))
+        return cls(nodes, edges, data.get("meta", {}), tuple(saes)).from_rows(data.get("reads", ()))
 
-    def more(self) -> dict[str, Any]:
-        """What another kind of circuit writes besides."""
-        return {}
+    def more(self) -> list[tuple[str, str, str, float]]:
+        """What another kind of circuit knows besides, as `from_rows` takes it."""
+        return []
 
-    @classmethod
-    def of_more(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that it reads of that."""
-        return {}
+    def from_rows(self, rows: Sequence[Sequence[str]]) -> Self:
+        """The circuit with what `more` gave."""
+        return self
 
     def drawing(self) -> Drawing:
         """Rows of the dictionaries, the logits on top; features by number."""

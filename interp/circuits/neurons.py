@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -77,14 +76,14 @@ class NeuronCircuit(FeatureCircuit):
         """Write the graph JSON that circuit-tracer's viewer reads, all nodes at one position. CircuitError: no file."""
         write_text(path, json.dumps(of_neurons(self.nodes, self.edges, self.meta, slug), indent=1))
 
-    def more(self) -> dict[str, Any]:
+    def more(self) -> list[tuple[str, str, str, float]]:
         """What heads read."""
-        return {"reads": [[*key, score] for key, score in self.reads.items()]}
+        return [(*key, score) for key, score in self.reads.items()]
 
-    @classmethod
-    def of_more(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """The same, read."""
-        return {"reads": {(sender, head, read): float(score) for sender, head, read, score in data["reads"]}}
+    def from_rows(self, rows: Sequence[Sequence[str]]) -> NeuronCircuit:
+        """The circuit with that."""
+        reads = {(sender, head, read): float(score) for sender, head, read, score in rows}
+        return replace(self, reads=reads)
 
     def drawing(self) -> Drawing:
         """A row for each layer that has nodes, the embedding below, the logits on top."""
@@ -124,7 +123,7 @@ def label_of(name: str) -> str:
 
 def discover_neurons(
     model: Model, runs: Runs, metric: Metric, method: str, top: int, held: bool, alphas: tuple[float, ...], options: Options,
-    about: dict[str, Any],
+    about: dict[str, object],
 ) -> NeuronCircuit:  # fmt: skip
     """The `top` neurons and heads by their effects, and the edges between them; see `interp.discover(level="neuron")`."""
     if top < 1:

@@ -78,16 +78,16 @@ FIRST_HEAD = 1_000_000
 
 
 def of_neurons(
-    nodes: Mapping[str, float], edges: Mapping[tuple[str, str], float], meta: Mapping[str, Any], slug: str
-) -> dict[str, Any]:
+    nodes: Mapping[str, float], edges: Mapping[tuple[str, str], float], meta: Mapping[str, object], slug: str
+) -> dict[str, object]:
     """The same three parts of a graph of neurons and heads; effects are its activations, and all stand at one position."""
     top = sum(map(abs, nodes.values())) or 1.0
-    layers, made, ids = meta.get("n_layers", 0), [], {}
+    ends = {"embed": ("E", "embedding"), "logits": (str(meta.get("n_layers", 0)), "logit")}
+    made, ids = [], {}
     for name in [*nodes, "logits"]:
-        layer, number, kind = str(layers), 0, "logit"
-        if name == "embed":
-            layer, kind = "E", "embedding"
-        elif name != "logits":
+        layer, kind = ends.get(name, ("", ""))
+        number = 0
+        if not kind:
             layer, what = name[1:].split(".", 1)
             number = FIRST_HEAD + int(what[1:]) if what[0] == "H" else int(what.split("[")[1].rstrip("]"))
             kind = "cross layer transcoder"

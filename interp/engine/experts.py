@@ -8,10 +8,11 @@ secant. Standard library and torch only: this travels to a remote server by sour
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..models.layout import Envoy
 
 
 class Recorded:
@@ -48,7 +49,7 @@ class Replayed:
 class Flips:
     """Where the two runs chose different experts `[token, slot]`: a step in how far the base's was ahead of the other's."""
 
-    def __init__(self, scores: Tensor, index: Tensor, rows: Any) -> None:
+    def __init__(self, scores: Tensor, index: Tensor, rows: Envoy) -> None:
         self.index, self.rows = index, rows
         self.base, self.end = rows.ends(index)
         self.where = self.base != self.end
@@ -66,19 +67,19 @@ class Flips:
         return x.gather(-1, self.index) + in_rows(self.rows, jump * self.passed, len(x))
 
 
-def at_base(rows: Any, x: Tensor) -> Tensor:
+def at_base(rows: Envoy, x: Tensor) -> Tensor:
     """The bases' tokens, with their history."""
     return rows.by_row(x)[rows.pair[0]].flatten(0, 1)
 
 
-def in_rows(rows: Any, part: Tensor, count: int) -> Tensor:
+def in_rows(rows: Envoy, part: Tensor, count: int) -> Tensor:
     """What adds nothing to the bases' tokens, and its gradient, among `count` tokens of all rows."""
     whole = part.new_zeros(count, *part.shape[1:])
     rows.by_row(whole)[rows.pair[0]] = (part - part.detach()).unflatten(0, (-1, count // rows.count))
     return whole
 
 
-def mixed(ruling: Any, module: Any, args: list[Any], out: Tensor, flips: Flips | None) -> Tensor:
+def mixed(ruling: Envoy, module: Envoy, args: list[Envoy], out: Tensor, flips: Flips | None) -> Tensor:
     """The output of a layer's experts (tokens, the choice of experts, their weights), and its rule at the bases."""
     x, index, weights = args
     rows, forward = ruling.rows, type(module).forward
@@ -86,7 +87,7 @@ def mixed(ruling: Any, module: Any, args: list[Any], out: Tensor, flips: Flips |
     index, weights = index.reshape(len(flat), -1), weights.reshape(len(flat), -1)
     (w_b, w_s), (chosen, others) = rows.ends(weights), rows.ends(index)
 
-    def each(tokens: Tensor, by: Tensor, how: Any) -> Tensor:
+    def each(tokens: Tensor, by: Tensor, how: Envoy) -> Tensor:
         """What the chosen experts make of tokens `[token, slot, d_model]`."""
         ruling.rows = how
         try:
@@ -122,7 +123,7 @@ def aligned(base: Tensor, other: Tensor) -> Tensor:
     return torch.empty_like(other).scatter(-1, place, other)
 
 
-def is_experts(module: Any) -> bool:
+def is_experts(module: Envoy) -> bool:
     """Whether a module is a layer's experts: it gets tokens, the choice of experts, and their weights."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return len(names) == 3 and "ind" in names[1] and "weights" in names[2]

@@ -1,15 +1,14 @@
 """A forward pass under backward rules (`interp.engine.rules`): every call that is not linear gives its own value and its rule.
 
-`__rdiv__` and the like: what a model calls is seen by torch's function mode, so a rule is found from what is computed, whatever
-the module is called. Two things are taken as a whole: activation modules, found by trying whether they act on single numbers,
-and experts, whose choice is held. Standard library and torch only: this travels to a remote server by source.
-"""
+What a model calls is seen by torch's function mode, so a rule is found from what is computed, whatever the module is called.
+Two things are taken as a whole: activation modules, found by trying whether they act on single numbers, and experts.
+Standard library and torch only: this travels to a remote server by source.
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ class Rows:
     def __init__(self, count: int, base: Tensor, end: Tensor) -> None:
         self.count, self.pair = count, (self.evenly(base), self.evenly(end))
 
-    def evenly(self, rows: Tensor) -> Any:
+    def evenly(self, rows: Tensor) -> Envoy:
         """A slice where the rows stand evenly: what it gives is no copy."""
         steps = rows.diff().unique().tolist()
         if len(rows) == 1:
@@ -65,18 +64,18 @@ class Rows:
         return whole
 
 
-def surrogate_class() -> Any:
+def surrogate_class() -> Envoy:
     """A step as autograd takes it. Made where it is used: a class of autograd's does not travel."""
 
     class Surrogate(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, ruled: Ruled, rows: Any, *inputs: Tensor) -> Tensor:
+        def forward(ctx: Envoy, ruled: Ruled, rows: Envoy, *inputs: Tensor) -> Tensor:
             ctx.ruled, ctx.rows = ruled, rows
             ctx.shapes, ctx.versions = [x.shape for x in inputs], [(x, x._version) for x in inputs]
             return ruled.out
 
         @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Any:
+        def backward(ctx: Envoy, gradient: Tensor) -> Envoy:
             if any(x._version != version for x, version in ctx.versions):
                 raise AuditError("a step changes in place what an earlier one has a rule for")
             made = ctx.ruled.pull(ctx.rows.base(gradient))
@@ -85,7 +84,7 @@ def surrogate_class() -> Any:
     return Surrogate
 
 
-def tensors(given: Any) -> Iterator[Tensor]:
+def tensors(given: Envoy) -> Iterator[Tensor]:
     """Every tensor that a call gets or gives."""
     for one in given:
         if isinstance(one, Tensor):
@@ -97,13 +96,13 @@ def tensors(given: Any) -> Iterator[Tensor]:
 class Paused:
     """Steps without their rules."""
 
-    def __init__(self, ruling: Any) -> None:
+    def __init__(self, ruling: Envoy) -> None:
         self.ruling = ruling
 
     def __enter__(self) -> None:
         self.ruling.whole += 1
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: Envoy) -> None:
         self.ruling.whole -= 1
 
 
@@ -117,12 +116,12 @@ class Ruling(TorchFunctionMode):
     def __init__(self, method: str, model: Envoy, rows: Rows) -> None:
         TorchFunctionMode.__init__(self)  # super() finds no class where only the source has travelled
         self.method, self.rules, self.rows = method, RULES[method], rows
-        self.root = getattr(model, "_module", model)
+        self.root: Envoy = getattr(model, "_module", model)
         self.surrogate = surrogate_class()
         self.used: set[str] = set()  # the steps that took a rule
         self.adds_up = method.startswith("secant")
         self.whole = 0  # inside a module that is taken as one step
-        self.handles: list[Any] = []
+        self.handles: list[Envoy] = []
         self.wanting: list[Tensor] = []
         self.flips: Flips | None = None
         self.depth = 0
@@ -147,7 +146,7 @@ class Ruling(TorchFunctionMode):
         TorchFunctionMode.__enter__(self)
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: Envoy) -> None:
         if not self.rules:
             return
         TorchFunctionMode.__exit__(self, *error)
@@ -159,17 +158,17 @@ class Ruling(TorchFunctionMode):
                 weight.requires_grad_(True)
             self.handles.clear()
 
-    def of_metric(self) -> Any:
+    def of_metric(self) -> Envoy:
         """Run a metric under these rules where effects are to add up, and without them otherwise."""
         return self if self.adds_up or not self.rules else Paused(self)
 
-    def take(self, module: Any, rule: Any) -> None:
+    def take(self, module: Envoy, rule: Envoy) -> None:
         """Take a module as one step."""
 
-        def begin(*_: Any) -> None:
+        def begin(*_: Envoy) -> None:
             self.whole += 1
 
-        def end(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        def end(module: Envoy, args: tuple[Envoy, ...], kwargs: dict[str, Envoy], out: Envoy) -> Envoy:
             self.whole -= 1
             wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors([*args, *kwargs.values()]))
             if self.whole or not wanted:
@@ -179,7 +178,7 @@ class Ruling(TorchFunctionMode):
         self.handles.append(module.register_forward_pre_hook(begin))
         self.handles.append(module.register_forward_hook(end, with_kwargs=True))
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, function: Envoy, types: Envoy, args: Envoy = (), kwargs: Envoy = None) -> Envoy:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", str(function))
         if name in LINEAR or self.whole or not torch.is_grad_enabled():
@@ -190,8 +189,9 @@ class Ruling(TorchFunctionMode):
         if name in ("mul_", "div_", "__imul__", "__itruediv__", "__idiv__") and len(live) == 1:
             return function(*args, **kwargs)
         if name == "gather":
-            known = self.flips is not None and self.flips.index is kwargs.get("index", args[-1])
-            return self.flips.taken(args[0]) if known else function(*args, **kwargs)
+            if self.flips is not None and self.flips.index is kwargs.get("index", args[-1]):
+                return self.flips.taken(args[0])
+            return function(*args, **kwargs)
         if name == "topk":
             return self.topk(function, args, kwargs)
         if name.endswith("_") and not name.startswith("__") and hasattr(torch.Tensor, name[:-1]):
@@ -208,7 +208,7 @@ class Ruling(TorchFunctionMode):
         self.used.add(name)
         return self.ruled(rule, Call(function, args, kwargs, self.rows))
 
-    def ruled(self, rule: Any, call: Call) -> Any:
+    def ruled(self, rule: Envoy, call: Call) -> Envoy:
         """A step by its rule."""
         self.whole += 1
         try:
@@ -227,7 +227,7 @@ class Ruling(TorchFunctionMode):
     def where(self) -> str:
         """The path of the module whose forward pass runs now."""
         names = {id(module): name for name, module in self.root.named_modules()}
-        frame: Any = sys._getframe(1)
+        frame: Envoy = sys._getframe(1)
         while frame is not None:
             found = names.get(id(frame.f_locals.get("self")))
             if found:
@@ -235,11 +235,11 @@ class Ruling(TorchFunctionMode):
             frame = frame.f_back
         return "the model's own forward pass, or the metric"
 
-    def activation(self, module: Any, args: list[Any], out: Tensor) -> Tensor:
+    def activation(self, module: Envoy, args: list[Envoy], out: Tensor) -> Tensor:
         """An activation as one function of single numbers."""
         return self.ruled(self.rules["tanh"], Call(type(module).forward.__get__(module), (args[0],), {}, self.rows))
 
-    def topk(self, function: Any, args: Any, kwargs: Any) -> Any:
+    def topk(self, function: Envoy, args: Envoy, kwargs: Envoy) -> Envoy:
         """The choice of experts: the other end's stand where the base has the same ones; where it changes is noted."""
         _, index = function(*args, **kwargs)
         if isinstance(self.rows, Rows):
@@ -249,13 +249,13 @@ class Ruling(TorchFunctionMode):
             return torch.return_types.topk((self.flips.taken(args[0]), index))
         return torch.return_types.topk((args[0].gather(-1, index), index))
 
-    def experts(self, module: Any, args: list[Any], out: Tensor) -> Tensor:
+    def experts(self, module: Envoy, args: list[Envoy], out: Tensor) -> Tensor:
         """A layer of experts as one step, see `interp.engine.experts`."""
         flips, self.flips = self.flips, None
         return mixed(self, module, args[:3], out, flips)
 
 
-def acts_on_numbers(module: Any) -> bool:
+def acts_on_numbers(module: Envoy) -> bool:
     """Whether a module without weights makes each number of its input by itself into one of its output, and is no identity."""
     x = torch.linspace(-2, 2, 12).reshape(3, 4)
     moved = x.clone()

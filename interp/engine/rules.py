@@ -12,24 +12,21 @@ Standard library and torch only: this travels to a remote server by source.
 
 from __future__ import annotations
 
+from .softmax_rules import attention, log_softmax, logsumexp, softmax
 from .step_rules import (
     INVERSE_ROOT,
     MATRIX,
     Rule,
     added_product,
-    attention,
     closed,
     elementwise,
     held,
-    log_softmax,
-    logsumexp,
     norm,
     power,
     product,
     quotient,
     ratio_slope,
     secant_slope,
-    softmax,
 )
 
 #: Steps that are linear whatever goes in: they keep their derivative.
