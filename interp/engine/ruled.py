@@ -3,6 +3,7 @@
 What a model calls is seen by torch's function mode, so a rule is found from what is computed, whatever the module is called.
 Two things are taken as a whole: activation modules, found by trying whether they act on single numbers, and experts.
 Standard library and torch only: this travels to a remote server by source.
+"""
 
 from __future__ import annotations
 
