@@ -13,6 +13,8 @@ LAWS = {
     "receivers": "a projection is an affine map of what it reads, and an MLP receives its norm of the stream",
     "edge gradients": "the gradient by what a receiver reads is that of autograd through the model's own modules",
     "backward": "autograd runs through the model",
+    "secant": "effects by slopes between two runs add up to the change of a metric",
+    "relp": "relevance patching has a rule for each step",
     "head": "the final norm and the head give the logits, up to one factor and a softcap",
 }
 

@@ -45,7 +45,8 @@ def check_rules(model: Model, prompt: Sequence[int], other: Sequence[int]) -> It
             )
             yield Finding("secant", "law", 0, abs(float(parts.sum()) - change), allowed)
     except (AuditError, RuntimeError, IndexError) as error:
-        yield Finding("secant", "law", 0, float("inf"), 0.0, (str(error).strip().splitlines() or [""])[0])
+        for law in ("secant", "relp"):
+            yield Finding(law, "law", 0, float("inf"), 0.0, (str(error).strip().splitlines() or [""])[0])
         return
     finally:
         handle.remove()

@@ -195,14 +195,15 @@ def norm(middle: bool) -> Rule:
         if not centred:
             epsilon = call.given(3, "eps")
             epsilon = torch.finfo(call.args[0].dtype).eps if epsilon is None else epsilon
-        ends = [part.float() for part in call.rows.ends(call.args[0])]
+        precision = torch.promote_types(call.args[0].dtype, torch.float32)
+        ends = [part.to(precision) for part in call.rows.ends(call.args[0])]
         c, c_end = ((part - part.mean(axes, keepdim=True)) if centred else part for part in ends)
         r, r_end = (torch.rsqrt(part.pow(2).mean(axes, keepdim=True) + epsilon) for part in (c, c_end))
         scale, inside = ((r + r_end) / 2, (c + c_end) / 2) if middle else (r, None)
         by_size = -((r * r_end) ** 2) / (r + r_end)
 
         def pull(gradient: Tensor) -> list[Tensor]:
-            g = gradient.float() if weight is None else gradient.float() * weight.detach()
+            g = gradient.to(precision) if weight is None else gradient.to(precision) * weight.detach()
             made = g * scale
             if inside is not None:
                 made = made + 2 * by_size * inside * (g * inside).mean(axes, keepdim=True)
