@@ -19,7 +19,7 @@ from ..errors import AuditError
 from ..models.layout import Envoy
 from .experts import Flips, Recorded, aligned, is_experts, mixed
 from .rules import BILINEAR, LINEAR, QUOTIENTS, RULES
-from .step_rules import Call, Ruled
+from .step_rules import Call, Ruled, projection
 
 if TYPE_CHECKING:
     from .program import Program
@@ -71,15 +71,13 @@ def surrogate_class() -> Envoy:
     class Surrogate(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Envoy, ruled: Ruled, rows: Envoy, *inputs: Tensor) -> Tensor:
-            ctx.ruled, ctx.rows = ruled, rows
-            ctx.shapes, ctx.versions = [x.shape for x in inputs], [(x, x._version) for x in inputs]
+            # not `ruled`, whose output would then hold itself
+            ctx.pull, ctx.rows, ctx.shapes = ruled.pull, rows, [x.shape for x in inputs]
             return ruled.out
 
         @staticmethod
         def backward(ctx: Envoy, gradient: Tensor) -> Envoy:
-            if any(x._version != version for x, version in ctx.versions):
-                raise AuditError("a step changes in place what an earlier one has a rule for")
-            made = ctx.ruled.pull(ctx.rows.base(gradient))
+            made = ctx.pull(ctx.rows.base(gradient))
             return None, None, *(ctx.rows.put(part, shape) for part, shape in zip(made, ctx.shapes, strict=True))
 
     return Surrogate
@@ -185,6 +183,8 @@ class Ruling(TorchFunctionMode):
         if name in LINEAR or self.whole or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         live = [x for x in tensors([*args, *kwargs.values()]) if x.requires_grad]
+        if name == "linear" and len(live) == 1 and live[0] is args[0]:
+            return self.ruled(projection, Call(function, args, kwargs, self.rows))
         if not live or (len(live) == 1 and (name in BILINEAR or (name.strip("_") in QUOTIENTS and live[0] is args[0]))):
             return function(*args, **kwargs)
         if name in ("mul_", "div_", "__imul__", "__itruediv__", "__idiv__") and len(live) == 1:
@@ -238,7 +238,9 @@ class Ruling(TorchFunctionMode):
 
     def activation(self, module: Envoy, args: list[Envoy], out: Tensor) -> Tensor:
         """An activation as one function of single numbers."""
-        return self.ruled(self.rules["tanh"], Call(type(module).forward.__get__(module), (args[0],), {}, self.rows))
+        return self.ruled(
+            self.rules["tanh"], Call(type(module).forward.__get__(module), (args[0],), {}, self.rows, out)
+        )
 
     def topk(self, function: Envoy, args: Envoy, kwargs: Envoy) -> Envoy:
         """The choice of experts: the other end's stand where the base has the same ones; where it changes is noted."""

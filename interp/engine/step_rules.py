@@ -15,15 +15,19 @@ from ..models.layout import Envoy
 
 
 class Call(NamedTuple):
-    """One step of a forward pass: what is called, with what, the rows of it that are runs' bases and their other ends."""
+    """One step of a forward pass: what is called, with what, the rows of it that are runs' bases and their other ends, and what
+    it gave, where that is known."""
 
     function: Callable[..., Tensor]
     args: tuple[Envoy, ...]
     options: dict[str, Envoy]
     rows: Envoy  # Rows or Replayed, see `interp.engine.ruled`
+    gave: Tensor | None = None
 
     def out(self) -> Tensor:
         """What the step gives."""
+        if self.gave is not None:
+            return self.gave.detach()
         with torch.no_grad():
             return self.function(*self.args, **self.options)
 
@@ -43,53 +47,47 @@ class Ruled(NamedTuple):
 Rule = Callable[[Call], Ruled]
 
 
-def fit(gradient: Tensor, like: Tensor) -> Tensor:
+def fit(gradient: Tensor, shape: torch.Size) -> Tensor:
     """A gradient by what was broadcast to its shape, in the shape of that."""
-    while gradient.ndim > like.ndim:
+    while gradient.ndim > len(shape):
         gradient = gradient.sum(0)
-    for axis, size in enumerate(like.shape):
+    for axis, size in enumerate(shape):
         if size == 1 and gradient.shape[axis] > 1:
             gradient = gradient.sum(axis, keepdim=True)
     return gradient
 
 
-def close(x: Tensor, other: Tensor) -> Tensor:
-    """Where a quotient of differences would be rounding rather than slope."""
-    near = torch.finfo(x.dtype).eps ** 0.5
-    return (other - x).abs() <= near * torch.maximum(x.abs(), other.abs()).clamp(min=near)
-
-
-def derivative(call: Call, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a function of single numbers makes of x, and its derivative there."""
+def derivative(call: Call, x: Tensor) -> Tensor:
+    """The derivative of a function of single numbers."""
     leaf = x.detach().requires_grad_(True)
     with torch.enable_grad():
         y = call.function(leaf, *call.args[1:], **call.options)
-    (slope,) = torch.autograd.grad(y.sum(), leaf)
-    return y.detach(), slope
+    (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+    return slope
 
 
-def secant_slope(call: Call) -> tuple[Tensor, Tensor]:
-    """(y_s − y_b) / (x_s − x_b); the mean of the two derivatives where the ends are close."""
-    y, slopes = derivative(call, call.args[0])
-    (x, end), (y_x, y_end), (d_x, d_end) = (call.rows.ends(part) for part in (call.args[0], y, slopes))
-    near = close(x, end)
-    step = (end - x).masked_fill(near, 1)
-    return y, torch.where(near, (d_x + d_end) / 2, (y_end - y_x) / step)
+def secant_slope(call: Call, out: Tensor) -> Tensor:
+    """(y_s − y_b) / (x_s − x_b); where that would be rounding rather than slope, the derivative half-way."""
+    (x, end), (y, y_end) = call.rows.ends(call.args[0]), call.rows.ends(out)
+    step, near = end - x, torch.finfo(x.dtype).eps ** 0.5
+    slope = derivative(call, (x + end) / 2)
+    apart = step.abs() > near * (x.abs() + end.abs()).clamp_(min=near)
+    return torch.where(apart, (y_end - y) / step, slope)
 
 
-def ratio_slope(call: Call) -> tuple[Tensor, Tensor]:
+def ratio_slope(call: Call, out: Tensor) -> Tensor:
     """y/x; the derivative where x is nothing."""
-    y, slopes = derivative(call, call.args[0])
-    x, y_x, d_x = (call.rows.ends(part)[0] for part in (call.args[0], y, slopes))
+    x, y = (call.rows.ends(part)[0] for part in (call.args[0], out))
     nothing = x.abs() < torch.finfo(x.dtype).eps
-    return y, torch.where(nothing, d_x, y_x / x.masked_fill(nothing, 1))
+    return torch.where(nothing, derivative(call, x), y / x)
 
 
-def elementwise(slope: Callable[[Call], tuple[Tensor, Tensor]]) -> Rule:
+def elementwise(slope: Callable[[Call, Tensor], Tensor]) -> Rule:
     """The rule of a function of single numbers, by its slope."""
 
     def rule(call: Call) -> Ruled:
-        out, by_x = slope(call)
+        out = call.out()
+        by_x = slope(call, out)
         return Ruled(out, [call.args[0]], lambda gradient: [by_x * gradient])
 
     return rule
@@ -133,18 +131,29 @@ def product(share: float, middle: bool) -> Rule:
         a, b = call.args[:2]
         (a_b, a_s), (b_b, b_s) = call.rows.ends(a), call.rows.ends(b)
         by_a, by_b = ((b_b + b_s) / 2, (a_b + a_s) / 2) if middle else (b_b, a_b)
-        matrix = call.function.__name__ in MATRIX
+        matrix, shapes = call.function.__name__ in MATRIX, (a_b.shape, b_b.shape)
 
         def pull(gradient: Tensor) -> list[Tensor]:
             if matrix:
                 made = gradient @ by_a.transpose(-1, -2), by_b.transpose(-1, -2) @ gradient
             else:
                 made = gradient * by_a, gradient * by_b
-            return [share * fit(part, like) for part, like in zip(made, (a_b, b_b), strict=True)]
+            return [
+                share * fit(part, shape) if share != 1 else fit(part, shape)
+                for part, shape in zip(made, shapes, strict=True)
+            ]
 
         return Ruled(call.out(), [a, b], pull)
 
     return rule
+
+
+def projection(call: Call) -> Ruled:
+    """x · Wᵀ + b, whose rule is its derivative: taken back in base rows alone, it costs half."""
+    weight = call.given(1, "weight")
+    return Ruled(
+        call.out(), [call.args[0]], lambda gradient: [(gradient.flatten(0, -2) @ weight).view(*gradient.shape[:-1], -1)]
+    )
 
 
 def added_product(share: float, middle: bool) -> Rule:
@@ -159,7 +168,7 @@ def added_product(share: float, middle: bool) -> Rule:
 
         def pull(gradient: Tensor) -> list[Tensor]:
             parts = [alpha * part for part in made.pull(gradient)]
-            return [*parts, fit(beta * gradient, call.rows.ends(c)[0])] if c.requires_grad else parts
+            return [*parts, fit(beta * gradient, call.rows.ends(c)[0].shape)] if c.requires_grad else parts
 
         return Ruled(call.out(), [*factors, c] if c.requires_grad else factors, pull)
 
@@ -175,9 +184,9 @@ def quotient(middle: bool) -> Rule:
 
         def pull(gradient: Tensor) -> list[Tensor]:
             if not middle:
-                return [fit(gradient / b_b, a_b)]
+                return [fit(gradient / b_b, a_b.shape)]
             by_b = -(a_b + a_s) / 2 / (b_b * b_s)
-            return [fit(gradient * (1 / b_b + 1 / b_s) / 2, a_b), fit(gradient * by_b, b_b)]
+            return [fit(gradient * (1 / b_b + 1 / b_s) / 2, a_b.shape), fit(gradient * by_b, b_b.shape)]
 
         return Ruled(call.out(), [a, b] if middle else [a], pull)
 
