@@ -35,8 +35,8 @@ EDGES: dict[str, dict[str, Any]] = {
     "eap": {"method": "eap"},
     "relp": {"method": "relp"},
     "eap-ig-5": {"method": "eap-ig"},
+    "secant, 1 part": {"method": "secant", "points": []},
     "secant": {"method": "secant"},
-    "secant, 2 parts": {"method": "secant", "points": [0.5]},
     "secant, 3 parts": {"method": "secant", "points": [1 / 3, 2 / 3]},
 }
 

@@ -15,7 +15,7 @@ DOCS = Path(interp.__file__).parents[1] / "docs"
 #: Pages whose blocks stand on their own.
 PAGES = (
     "add-a-view.md", "add-a-method.md", "add-a-family.md", "dictionaries.md", "tracking.md", "pictures.md", "reports.md",
-    "facts.md",
+    "facts.md", "attribution.md",
 )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ ENTERING = Site("resid_pre", layer=0)
 def discover(
     model: Model,
     pairs: PromptPairs,
-    method: str = "eap-ig",
+    method: str = "secant",
     level: str = "edge",
     metric: Metric = logit_diff,
     *,
@@ -60,14 +60,14 @@ def discover(
     Args:
         method: "eap", Δ · gradient at the clean run (Syed et al. 2023); "eap-ig", gradients averaged over inputs
             between clean and corrupted (Hanna et al. 2024); "eap-ig-activations", averaged over the sender's own output
-            between the two, the heads of a layer together; "secant", slopes between the two runs in place of gradients, so
-            that effects add up to the metric's change (docs/attribution.md); "relp" (Jafari et al. 2025); "exact", every edge
+            between the two, the heads of a layer together; "secant" (default), slopes between the two runs in place of
+            gradients, so that effects add up to the metric's change (docs/attribution.md); "relp" (Jafari et al. 2025); "exact", every edge
             or node patched by itself; "acdc", greedy removal (Conmy et al. 2023).
         level: "edge" or "node" (heads, MLPs and the embedding); "feature": features of the dictionaries `saes=` and what
             each does not explain, with the edges between neighbouring dictionaries (Marks et al. 2024), by "eap" or "eap-ig";
             "neuron": hidden units of MLPs and heads, by any method that takes gradients.
-        steps, points: interpolation of the "ig" methods; midpoints (i + ½)/steps by default. Of "secant" `points=[0.5]` parts
-            the way in two, whose slopes are averaged.
+        steps, points: interpolation of the "ig" methods; midpoints (i + ½)/steps by default. "secant" takes the way in two
+            parts, whose slopes are averaged; `points=[]` takes it in one, `[1/3, 2/3]` in three.
         within: exact and acdc: only these edges (at level "node" the nodes of these edges); the others of an exact
             circuit are absent.
         threshold: acdc: an edge whose removal changes the metric by less is removed; default 0.01·|clean − corrupted|.

@@ -15,6 +15,8 @@ LEVELS = ("edge", "node", "feature", "neuron")
 METHODS = ("eap", "eap-ig", "eap-ig-activations", "secant", "relp", "exact", "acdc")
 #: Methods that patch instead of taking gradients.
 PATCHING = ("exact", "acdc")
+#: Edges by secants: the way in two parts, as one does not see a query and a key that change together.
+HALVES = (0.5,)
 #: What only some methods use; elsewhere it is refused rather than left aside.
 OPTIONS = {"within": PATCHING, "threshold": ("acdc",), "checkpoint": PATCHING}
 #: Options that only some levels use, and the methods of levels that do not have all.
@@ -61,7 +63,7 @@ def points_of(method: str, steps: int, points: Sequence[float] | None) -> tuple[
     if method == "eap":
         return ()
     if method in RULED:
-        return between(points)
+        return HALVES if points is None and method == "secant" else between(points)
     alphas = tuple(points) if points is not None else midpoints(max(0, steps))
     if not alphas:
         raise CircuitError(f"{method} needs interpolation points: steps={steps}, points={points}; give 1 or more")

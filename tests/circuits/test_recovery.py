@@ -22,18 +22,28 @@ METHODS = {
     "eap-ig-5": {"steps": 5},
     "eap-ig": {"steps": 20},
     "eap-ig-activations": {"steps": 20},
+    "secant-1": {"points": []},
     "secant": {},
     "relp": {},
     "exact": {},
     "acdc": {},
 }
 #: What is less than 1, and why:
-#: - saturated, eap: the softmax is flat in fp32 at the clean run, so the q and k edges have a gradient of exactly 0 and
-#:   rank with the edges that do nothing: 2 of 4 edges at chance, (2 + 2 · ½) / 4.
-#: - cancelling, eap: the gradient behind the head is 1 − 1 = 0, so (embed, L0.H0.v) scores 0: (3 + ½) / 4.
+#: - saturated, eap and relp: the softmax is flat in fp32 at the clean run, so the q and k edges have a gradient of exactly 0 and
+#:   rank with the edges that do nothing: 2 of 4 edges at chance, (2 + 2 · ½) / 4. Secants of the whole way see nothing either, since
+#:   query and keys change together and the pattern is the same at both ends; in two parts they do.
+#: - cancelling, eap and relp: the gradient behind the head is 1 − 1 = 0, so (embed, L0.H0.v) scores 0: (3 + ½) / 4.
+#: - hist and count: the MLP's ramps are flat at both ends and at most points between, so what goes by gradients finds the edge into
+#:   the logits alone, or that and what a sender's own path meets.
+#: - induction, relp: patterns are held, and three of the five edges move one.
 #: - linear, acdc: one edge of 26 moves the metric by less than the default threshold, 1 % of |clean − corrupted|, and
 #:   is removed as it should be: an absent edge ranks with those that do nothing.
-EXPECTED = {("saturated", "eap"): 0.75, ("cancelling", "eap"): 0.875, ("linear", "acdc"): 0.981}
+EXPECTED = {
+    ("saturated", "eap"): 0.75, ("saturated", "relp"): 0.75, ("saturated", "secant-1"): 0.75, ("cancelling", "eap"): 0.875,
+    ("cancelling", "relp"): 0.875, ("induction", "relp"): 0.7, ("linear", "acdc"): 0.981,
+    **{("hist", method): 0.625 for method in ("eap", "eap-ig-5", "eap-ig", "relp")}, ("hist", "eap-ig-activations"): 0.75,
+    **{("count", method): 0.667 for method in ("eap", "eap-ig-5", "eap-ig", "relp")}, ("count", "eap-ig-activations"): 0.833,
+}  # fmt: skip
 
 
 @cache
@@ -45,7 +55,13 @@ def model(name: str) -> interp.Model:
 @cache
 def found(name: str, method: str) -> Circuit:
     """What a method says of a known model."""
-    return discover(model(name), KNOWN[name]().pairs, method.removesuffix("-5"), progress=False, **METHODS[method])
+    return discover(
+        model(name),
+        KNOWN[name]().pairs,
+        method.removesuffix("-5").removesuffix("-1"),
+        progress=False,
+        **METHODS[method],
+    )
 
 
 def auroc(name: str, method: str) -> float:
@@ -57,6 +73,12 @@ def auroc(name: str, method: str) -> float:
     facts, generator = Facts.of(model(name)), np.random.default_rng(0)
     drawn = [Circuit.from_matrix(generator.random(facts.mask.shape), None, facts) for _ in range(50)]
     return float(np.mean([compare_circuits(circuit, truth)["auroc"] for circuit in drawn]))
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "saturated"])
+def test_secants_find_every_edge(name: str) -> None:
+    assert auroc(name, "secant") == auroc(name, "secant-1") == 1.0 == auroc("saturated", "secant")
+    assert found(name, "secant").meta["completeness"] <= 1e-4
 
 
 def test_every_method_on_every_known_circuit() -> None:
