@@ -52,6 +52,11 @@ def pruned(model: interp.Model) -> list[float]:
     return [float(test["change"]) for test in found.trajectory]  # type: ignore[union-attr]
 
 
+def neurons(model: interp.Model) -> np.ndarray:
+    found = interp.discover(model, PAIRS, level="neuron", top=8)
+    return np.array([score for _, score in sorted((*found.nodes.items(), *found.edges.items()), key=str)])
+
+
 def evaluated(model: interp.Model) -> np.ndarray:
     made = interp.evaluate_circuit(model, PAIRS, interp.discover(model, PAIRS, "eap"), fractions=(0.0, 0.2, 1.0))
     return np.array([made.cpr, made.cmd, made.full, made.empty, *made.curve["metric"]])
@@ -76,6 +81,7 @@ METHODS: dict[str, Callable[[interp.Model], Any]] = {
     "ablate": lambda m: interp.ablate(m, PAIRS, interp.heads(["z"], layers=[0, 1]), "mean"),
     "attribute": lambda m: interp.attribute(m, PAIRS, GRID),
     "attribute by integrated gradients": lambda m: interp.attribute(m, PAIRS, GRID, method="ig", steps=2),
+    "attribute by secants": lambda m: interp.attribute(m, PAIRS, GRID, method="secant"),
     "attention_patterns": lambda m: attention_patterns(m, IDS[0], layers=[1], values=False),
     "attribution_graph": graph,
     "audit": audited,
@@ -91,6 +97,8 @@ METHODS: dict[str, Callable[[interp.Model], Any]] = {
     ),
     "direct_effects": lambda m: interp.direct_effects(m, PAIRS),
     "discover": lambda m: interp.discover(m, PAIRS, "eap"),
+    "discover by secants": lambda m: interp.discover(m, PAIRS),
+    "discover neurons": neurons,
     "evaluate_circuit": evaluated,
     "evaluate_sae": lambda m: interp.evaluate_sae(m, dictionary(m.d_model), IDS, context=5, loss_tokens=10),
     "generate": lambda m: (

@@ -61,8 +61,8 @@ def discover(
         method: "eap", Δ · gradient at the clean run (Syed et al. 2023); "eap-ig", gradients averaged over inputs
             between clean and corrupted (Hanna et al. 2024); "eap-ig-activations", averaged over the sender's own output
             between the two, the heads of a layer together; "secant" (default), slopes between the two runs in place of
-            gradients, so that effects add up to the metric's change (docs/attribution.md); "relp" (Jafari et al. 2025); "exact", every edge
-            or node patched by itself; "acdc", greedy removal (Conmy et al. 2023).
+            gradients, so that effects add up to the metric's change (docs/attribution.md); "relp" (Jafari et al. 2025);
+            "exact", every edge or node patched by itself; "acdc", greedy removal (Conmy et al. 2023).
         level: "edge" or "node" (heads, MLPs and the embedding); "feature": features of the dictionaries `saes=` and what
             each does not explain, with the edges between neighbouring dictionaries (Marks et al. 2024), by "eap" or "eap-ig";
             "neuron": hidden units of MLPs and heads, by any method that takes gradients.

@@ -205,7 +205,7 @@ class Ruling(TorchFunctionMode):
             out = function(*args, **kwargs)
             if not any(x.requires_grad for x in tensors([out])):
                 return out
-            raise AuditError(f"{self.method!r} has no rule for {name} in {self.where()}")
+            raise AuditError(f"{self.method!r} has no rule for {name} in {self.where()}; 'ig' and 'eap-ig' need none")
         self.used.add(name)
         return self.ruled(rule, Call(function, args, kwargs, self.rows))
 

@@ -151,9 +151,9 @@ def canvas(
 ) -> figure:
     """The figure: curves under boxes under their labels, rows and columns named."""
     x, y = at
-    left, right = min(float(x.min()) - WIDE, 0.0), float(x.max()) + WIDE
+    left, right = float(x.min()) - WIDE, float(x.max()) + WIDE
     if drawing.columns:
-        right = max(right, float(PAGE - 150))
+        left, right = min(left, 0.0), max(right, float(PAGE - 150))
     low, high = float(y.min()) - HIGH, float(y.max()) + HIGH
     plot: Plot = panel((left, right), (low, high), int(right - left), int(high - low))
     plot.update(outline_line_color=None, name="circuit")

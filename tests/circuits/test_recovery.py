@@ -30,11 +30,11 @@ METHODS = {
 }
 #: What is less than 1, and why:
 #: - saturated, eap and relp: the softmax is flat in fp32 at the clean run, so the q and k edges have a gradient of exactly 0 and
-#:   rank with the edges that do nothing: 2 of 4 edges at chance, (2 + 2 · ½) / 4. Secants of the whole way see nothing either, since
-#:   query and keys change together and the pattern is the same at both ends; in two parts they do.
+#:   rank with the edges that do nothing: 2 of 4 edges at chance, (2 + 2 · ½) / 4. Secants of the whole way see nothing either,
+#:   since query and keys change together and the pattern is the same at both ends; in two parts they do.
 #: - cancelling, eap and relp: the gradient behind the head is 1 − 1 = 0, so (embed, L0.H0.v) scores 0: (3 + ½) / 4.
-#: - hist and count: the MLP's ramps are flat at both ends and at most points between, so what goes by gradients finds the edge into
-#:   the logits alone, or that and what a sender's own path meets.
+#: - hist and count: the MLP's ramps are flat at both ends and at most points between, so what goes by gradients finds the edge
+#:   into the logits alone, or that and what a sender's own path meets.
 #: - induction, relp: patterns are held, and three of the five edges move one.
 #: - linear, acdc: one edge of 26 moves the metric by less than the default threshold, 1 % of |clean − corrupted|, and
 #:   is removed as it should be: an absent edge ranks with those that do nothing.
