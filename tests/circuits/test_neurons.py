@@ -102,7 +102,7 @@ def test_finer_edges_add_up_to_those_of_whole_mlps_and_heads(family: str, method
 @pytest.mark.parametrize("family", ["gpt2", "llama_gqa", "gemma3"])
 def test_what_arrives_at_a_node_is_its_effect(family: str) -> None:
     """By secants, with all nodes in the graph, each neuron's effect is the sum over its senders: no gradient gives that."""
-    circuit = found(family, "secant")
+    circuit = found(family, "secant", points=())  # averages of several parts add up at the embeddings alone
     assert circuit.meta["completeness"] <= 1e-4
     size = max(map(abs, circuit.nodes.values()))
     arrives = dict.fromkeys(circuit.nodes, 0.0)
