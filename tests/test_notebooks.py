@@ -45,7 +45,7 @@ PAIR = "Then, Jeffrey and Justin went to the hotel. Jeffrey gave a computer to"
 #: Words that each must have written, wherever it runs.
 WRITES = {
     "colab_setup": ["no model 'gpt2'", "Going on with the bundled model", "first_patch finished", "Paris", "(16, 576)"],
-    "tour": [PAIR, "ioi finished", "site L40.resid_mid: layer 40", "True 1006 checks", "ioi_report.html"],
+    "tour": [PAIR, "ioi finished", "site L40.resid_mid: layer 40", "True 1009 checks", "ioi_report.html"],
     "exploratory": [PAIR, "(' Jeffrey', ' Jeffrey')", "n_edges", "L20.H0"],
 }
 #: What the exploratory notebook says in words, checked in its own kernel behind its last cell.
