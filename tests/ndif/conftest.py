@@ -20,6 +20,10 @@ def deployment() -> Iterator[Deployment]:
             f"these tests need HF_ENDPOINT={made.hub} and no HF_HUB_OFFLINE before Python starts: make test-ndif sets both"
         )
     was_up = made.is_up()
+    if (given := os.environ.get("INTERP_NDIF_HOST")) and not (was_up and given == made.host):
+        pytest.fail(
+            f"INTERP_NDIF_HOST={given}, and no deployment of {made.work} is up there; unset it, and one is brought up"
+        )
     made.up()
     yield made
     if not was_up:
