@@ -28,6 +28,8 @@ from .sites import KIND
 METHODS = ("atp", "atp*", "ig", "ig-activations", "secant", "relp")
 #: Methods that look at both runs, step by step (`interp.engine.rules`).
 RULED = ("secant", "relp")
+#: Methods that move the input, or look at several inputs on the way.
+ON_THE_WAY = ("ig", *RULED)
 #: Estimates of the embeddings that are off the metric's change by more than this fraction of it are worth a warning.
 ADDS_UP = 0.01
 #: Kinds that AtP* puts through the exact softmax, which needs the attention's logits.
@@ -151,12 +153,17 @@ def _how(model: Model, context: Context, rows: Sequence[Row], method: str, alpha
     return {
         "tape": sorted({(entry.layer, context.names[entry.kind]) for row in rows for entry in row.entries}),
         "fractions": alphas if method.startswith("ig") or method in RULED else (),
-        "moved": [ENTRY] if method == "ig" or method in RULED else [],
+        "moved": [ENTRY] if method in ON_THE_WAY else [],
         "drop": list(range(model.n_layers)) if method == "atp*" and model.n_layers > 1 else [],
         "exact_qk": method == "atp*",
         "by_edge": False,
-        "rule": method if method in RULED else "gradient",
+        "rule": rule_of(method),
     }
+
+
+def rule_of(method: str) -> str:
+    """The backward rules that a method goes by."""
+    return method if method in RULED else "gradient"
 
 
 def between(points: Sequence[float] | None) -> tuple[float, ...]:

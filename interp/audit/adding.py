@@ -28,12 +28,10 @@ def check_rules(model: Model, prompt: Sequence[int], other: Sequence[int]) -> It
         return leaves[-1]
 
     handle = at(model.hf, model.family.embed).register_forward_hook(leaf)
-    used: set[str] = set()
     try:
         rows = Rows(2, torch.tensor([0, 1]), torch.tensor([1, 0]))
         with torch.enable_grad(), Ruling("secant", model.hf, rows) as rules:
             scores = probe(logits_of(model, [prompt, other]).float(), None)
-        used |= rules.used
         x = leaves.pop()
         (gradient,) = torch.autograd.grad(scores.sum(), x)
         eps = torch.finfo(x.dtype).eps
@@ -51,6 +49,6 @@ def check_rules(model: Model, prompt: Sequence[int], other: Sequence[int]) -> It
         return
     finally:
         handle.remove()
-    without = sorted(used - set(RULES["relp"]))
+    without = sorted(rules.used - set(RULES["relp"]))
     said = f"'relp' has no rule for {', '.join(without)}" if without else ""
     yield Finding("relp", "law", 0, float("inf") if without else 0.0, 0.0, said)

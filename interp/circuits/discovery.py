@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
-from ..attribution import RULED, adds_up
+from ..attribution import RULED, adds_up, rule_of
 from ..cells import EVERYWHERE, Cell, Resolved
 from ..edits import Edge, Edit
 from ..engine.context import Experiment, Runs, context_of
@@ -165,8 +165,8 @@ def edge_attributions(
     if method != "eap-ig-activations":
         groups = {ENTERING.place: range(context.order.senders)}
     budget = options.max_tokens or gradient_budget(model)
-    bar, rule = (method, options.progress), method if method in RULED else "gradient"
-    scores, change = edge_estimates(model, context, metric, alphas, groups, budget, bar, rule)
+    bar = (method, options.progress)
+    scores, change = edge_estimates(model, context, metric, alphas, groups, budget, bar, rule_of(method))
     if float(np.abs(scores[..., -1]).max()) <= FLAT * float(
         np.abs(change).max()
     ):  # the edges into the logits: the metric's own gradient

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..attribution import RULED, adds_up
+from ..attribution import RULED, adds_up, rule_of
 from ..cells import Resolved
 from ..engine.context import Runs, context_of
 from ..engine.schedule import gradient_budget
@@ -136,10 +136,9 @@ def discover_neurons(
         model.require(Site("neuron", layer=layer))
     context = context_of(model, runs, Resolved((), (), {}), "growing")
     budget = options.max_tokens or gradient_budget(model)
-    rule = ("secant held" if held else method) if method in RULED else "gradient"
     how: GradientSpec = {
         "tape": [], "fractions": alphas, "moved": [ENTRY] if alphas else [], "drop": [], "exact_qk": False, "by_edge": False,
-        "rule": rule,
+        "rule": "secant held" if held else rule_of(method),
     }  # fmt: skip
     found = neuron_estimates(model, context, metric, [], how, budget, (f"{method} neurons", options.progress))
     names = [

@@ -39,7 +39,7 @@ def parsed(name: str) -> tuple[int, str, int]:
     return int(layer), what.removeprefix("f"), int(position)
 
 
-def as_tracer(graph: PromptGraph, slug: str) -> dict[str, Any]:
+def as_tracer(graph: PromptGraph, slug: str) -> dict[str, object]:
     """`metadata`, `nodes` and `links` of a graph; its names of nodes are `layer_feature_position`."""
     last, layers = len(graph.tokens) - 1, graph.meta.get("n_layers", 0)
     ids: dict[str, str] = {}
@@ -56,21 +56,38 @@ def as_tracer(graph: PromptGraph, slug: str) -> dict[str, Any]:
             clerp = f'Emb: "{graph.tokens[position]}"' if at < 0 else ""
         ids[name] = f"{layer}_{feature}_{position}" if feature >= 0 else f"0_{layer}_{position}_error"
         nodes.append({
-            "node_id": ids[name], "feature": feature, "layer": layer, "ctx_idx": position, "feature_type": kind,
+            **node(ids[name], layer, feature, position, kind, clerp),
             "token_prob": graph.logits.get(name, 0.0), "is_target_logit": number == len(graph.nodes) - len(graph.logits),
-            "run_idx": 0, "reverse_ctx_idx": 0, "jsNodeId": f"{layer}_{feature}-{position}", "clerp": clerp,
             "influence": float(graph.influence[number]),
             "activation": float(graph.activations[number]) or None,
         })  # fmt: skip
-    links = [
-        {"source": ids[a], "target": ids[b], "weight": weight} for a, b, weight in graph.graph.edges(data="weight")
-    ]
-    metadata = {
-        "slug": slug, "scan": graph.meta.get("model"), "prompt_tokens": list(graph.tokens), "prompt": "".join(graph.tokens),
-        "node_threshold": None, "schema_version": 1,
+    links = [(ids[a], ids[b], weight) for a, b, weight in graph.graph.edges(data="weight")]
+    return document(slug, graph.meta.get("model"), graph.tokens, nodes, links)
+
+
+def node(name: str, layer: str, feature: int, position: int, kind: str, said: str) -> dict[str, object]:
+    """What every node has in the viewer's form."""
+    return {
+        "node_id": name, "feature": feature, "layer": layer, "ctx_idx": position, "feature_type": kind, "run_idx": 0,
+        "reverse_ctx_idx": 0, "jsNodeId": f"{layer}_{feature}-{position}", "clerp": said,
     }  # fmt: skip
+
+
+def document(
+    slug: str,
+    model: object,
+    tokens: Sequence[str],
+    nodes: list[dict[str, object]],
+    links: Sequence[tuple[str, str, float]],
+) -> dict[str, object]:
+    """The whole file, links as source, target and weight; without tokens all stand at one place."""
+    metadata = {
+        "slug": slug, "scan": model, "prompt_tokens": list(tokens) or ["·"], "prompt": "".join(tokens), "node_threshold": None,
+        "schema_version": 1,
+    }  # fmt: skip
+    parts = [{"source": source, "target": target, "weight": weight} for source, target, weight in links]
     return {"metadata": metadata, "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both"},
-            "nodes": nodes, "links": links}  # fmt: skip
+            "nodes": nodes, "links": parts}  # fmt: skip
 
 
 #: Heads have no number among a layer's features: theirs begin here.
@@ -92,14 +109,11 @@ def of_neurons(
             number = FIRST_HEAD + int(what[1:]) if what[0] == "H" else int(what.split("[")[1].rstrip("]"))
             kind = "cross layer transcoder"
         ids[name] = f"{layer}_{number}_0"
+        last = kind == "logit"
+        said = str(meta.get("metric")) if last else name
         made.append({
-            "node_id": ids[name], "feature": number, "layer": layer, "ctx_idx": 0, "feature_type": kind, "token_prob": 0.0,
-            "is_target_logit": kind == "logit", "run_idx": 0, "reverse_ctx_idx": 0, "jsNodeId": f"{layer}_{number}-0",
-            "clerp": str(meta.get("metric")) if kind == "logit" else name, "influence": abs(nodes.get(name, 0.0)) / top,
-            "activation": nodes.get(name),
+            **node(ids[name], layer, number, 0, kind, said), "token_prob": 0.0, "is_target_logit": last,
+            "influence": abs(nodes.get(name, 0.0)) / top, "activation": nodes.get(name),
         })  # fmt: skip
-    links = [{"source": ids[a], "target": ids[b], "weight": weight} for (a, b), weight in edges.items()]
-    metadata = {"slug": slug, "scan": meta.get("model"), "prompt_tokens": ["·"], "prompt": "", "node_threshold": None,
-                "schema_version": 1}  # fmt: skip
-    return {"metadata": metadata, "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both"},
-            "nodes": made, "links": links}  # fmt: skip
+    links = [(ids[a], ids[b], weight) for (a, b), weight in edges.items()]
+    return document(slug, meta.get("model"), (), made, links)

@@ -54,8 +54,7 @@ class Flips:
         self.base, self.end = rows.ends(index)
         self.where = self.base != self.end
         ahead, there = (
-            part.gather(-1, self.base) - part.gather(-1, self.end)
-            for part in (at_base(rows, scores), rows.ends(scores)[1])
+            part.gather(-1, self.base) - part.gather(-1, self.end) for part in (rows.base(scores), rows.ends(scores)[1])
         )
         apart = there - ahead.detach()
         self.passed = (ahead - ahead.detach()) / apart.masked_fill(~self.where | (apart == 0), 1)
@@ -67,16 +66,9 @@ class Flips:
         return x.gather(-1, self.index) + in_rows(self.rows, jump * self.passed, len(x))
 
 
-def at_base(rows: Envoy, x: Tensor) -> Tensor:
-    """The bases' tokens, with their history."""
-    return rows.by_row(x)[rows.pair[0]].flatten(0, 1)
-
-
 def in_rows(rows: Envoy, part: Tensor, count: int) -> Tensor:
     """What adds nothing to the bases' tokens, and its gradient, among `count` tokens of all rows."""
-    whole = part.new_zeros(count, *part.shape[1:])
-    rows.by_row(whole)[rows.pair[0]] = (part - part.detach()).unflatten(0, (-1, count // rows.count))
-    return whole
+    return rows.put(part - part.detach(), (count, *part.shape[1:]))
 
 
 def mixed(ruling: Envoy, module: Envoy, args: list[Envoy], out: Tensor, flips: Flips | None) -> Tensor:
@@ -98,8 +90,8 @@ def mixed(ruling: Envoy, module: Envoy, args: list[Envoy], out: Tensor, flips: F
 
     recorded = Recorded()
     there = each(rows.ends(flat)[1].requires_grad_(True), chosen, recorded).detach()
-    here = each(at_base(rows, flat), chosen, Replayed(recorded.seen))
-    live = at_base(rows, weights)
+    here = each(rows.base(flat), chosen, Replayed(recorded.seen))
+    live = rows.base(weights)
     if ruling.method == "relp":
         linear = (w_b / 2).unsqueeze(-1) * here + (here.detach() / 2) * live.unsqueeze(-1)
     else:

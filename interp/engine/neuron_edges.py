@@ -90,17 +90,20 @@ class NeuronGraph:
         found = torch.autograd.grad(does, leaves, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(x) if made is None else made for x, made in zip(leaves, found, strict=True)]
 
+    def at_rows(self, layer: int, kind: str, slope: Tensor) -> Tensor:
+        """A gradient by a tap's tensor, in that one's shape, in the rows that gradients are taken of."""
+        return slope.reshape(self.tape.value[layer, kind].shape)[self.rows.flatten().to(slope.device)]
+
     def read_by_heads(self, layer: int, heads: Tensor, norms: Norms) -> Tensor:
         """The gradient by the stream through each head's q, k and v: `[pair, head · 3, position, d_model]`."""
         block, reads = at(self.model, self.taps["layers"])[layer], []
         entering = norms.entering(layer)
+        weights = [affine(at(block, path), entering)[0] for path in self.taps["qkv"]]
         for head in heads.tolist():
             slopes = self.own_gradients(layer, "z", head, list(READS))
-            for place, (kind, slope) in enumerate(zip(READS, slopes, strict=True)):
+            for kind, slope, weight in zip(READS, slopes, weights, strict=True):
                 index = part_index(self.taps, kind).flatten().to(slope.device)
-                weight, _ = affine(at(block, self.taps["qkv"][place]), entering)
-                flat = slope.reshape(self.tape.value[layer, kind].shape)[self.rows.flatten().to(slope.device)]
-                reads.append(flat[..., index] @ weight[index])
+                reads.append(self.at_rows(layer, kind, slope)[..., index] @ weight[index])
         return norms.attention(layer, torch.stack(reads, dim=1))
 
     def read_by_units(self, layer: int, units: Tensor, norms: Norms) -> Tensor:
@@ -108,8 +111,7 @@ class NeuronGraph:
         reads = []
         for unit in units.tolist():
             (slope,) = self.own_gradients(layer, "neuron", unit, ["mlp_in"])
-            slope = slope.reshape(self.tape.value[layer, "mlp_in"].shape)
-            reads.append(slope[self.rows.flatten().to(slope.device)])
+            reads.append(self.at_rows(layer, "mlp_in", slope))
         return norms.mlp(layer, torch.stack(reads, dim=1))
 
     def edges(self) -> Tensor:

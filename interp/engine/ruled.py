@@ -46,22 +46,24 @@ class Rows:
             raise AuditError(f"a tensor {list(x.shape)} does not have its {self.count} rows first")
         return x.unflatten(0, (self.count, -1))
 
+    def chosen(self, rows: Envoy, device: torch.device) -> Envoy:
+        """Rows as an index of tensors on a device."""
+        return rows if isinstance(rows, slice) else rows.to(device)
+
+    def base(self, x: Tensor) -> Tensor:
+        """A tensor at the bases, with its history."""
+        return self.by_row(x)[self.chosen(self.pair[0], x.device)].flatten(0, 1)
+
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A tensor at the bases and at their other ends, without its history."""
-        by_row = self.by_row(x.detach())
-        base, end = (by_row[rows if isinstance(rows, slice) else rows.to(x.device)].flatten(0, 1) for rows in self.pair)
-        return base, end
-
-    def base(self, gradient: Tensor) -> Tensor:
-        """A gradient at the bases."""
-        return self.ends(gradient)[0]
+        end = self.by_row(x.detach())[self.chosen(self.pair[1], x.device)].flatten(0, 1)
+        return self.base(x.detach()), end
 
     def put(self, part: Tensor, shape: torch.Size) -> Tensor:
-        """A gradient at the bases as one at all rows."""
+        """What stands at the bases as a tensor of all rows, 0 at the others."""
         whole = part.new_zeros(shape)
-        rows = self.pair[0]
         by_row = self.by_row(whole)
-        by_row[rows if isinstance(rows, slice) else rows.to(part.device)] = part.unflatten(0, (-1, by_row.shape[1]))
+        by_row[self.chosen(self.pair[0], part.device)] = part.unflatten(0, (-1, by_row.shape[1]))
         return whole
 
 
@@ -116,7 +118,6 @@ class Ruling(TorchFunctionMode):
         TorchFunctionMode.__init__(self)  # super() finds no class where only the source has travelled
         self.method, self.rules, self.rows = method, RULES[method], rows
         self.root: Envoy = getattr(model, "_module", model)
-        self.surrogate = surrogate_class()
         self.used: set[str] = set()  # the steps that took a rule
         self.adds_up = method.startswith("secant")
         self.whole = 0  # inside a module that is taken as one step
@@ -130,18 +131,16 @@ class Ruling(TorchFunctionMode):
             return self
         self.depth += 1
         if self.depth == 1:
+            self.surrogate = surrogate_class()
             self.wanting = [weight for weight in self.root.parameters() if weight.requires_grad]
             for weight in self.wanting:  # else a product with a weight would look like one of two activations
                 weight.requires_grad_(False)
-            known: dict[type, bool] = {}
+            known: dict[type, Envoy] = {}
             for module in self.root.modules():
-                if is_experts(module):
-                    self.take(module, self.experts)
-                elif next(module.parameters(), None) is None and next(module.buffers(), None) is None:
-                    kind = type(module)
-                    known[kind] = known[kind] if kind in known else acts_on_numbers(module)
-                    if known[kind]:
-                        self.take(module, self.activation)
+                if type(module) not in known:
+                    known[type(module)] = self.whole_of(module)
+                if rule := known[type(module)]:
+                    self.take(module, rule)
         TorchFunctionMode.__enter__(self)
         return self
 
@@ -156,6 +155,13 @@ class Ruling(TorchFunctionMode):
             for weight in self.wanting:
                 weight.requires_grad_(True)
             self.handles.clear()
+
+    def whole_of(self, module: Envoy) -> Envoy:
+        """The rule of a kind of module that is one step; None for others."""
+        if is_experts(module):
+            return self.experts
+        bare = next(module.parameters(), None) is None and next(module.buffers(), None) is None
+        return self.activation if bare and acts_on_numbers(module) else None
 
     def of_metric(self) -> Envoy:
         """Run a metric under these rules where effects are to add up, and without them otherwise."""
@@ -179,15 +185,14 @@ class Ruling(TorchFunctionMode):
 
     def __torch_function__(self, function: Envoy, types: Envoy, args: Envoy = (), kwargs: Envoy = None) -> Envoy:
         kwargs = kwargs or {}
-        name = getattr(function, "__name__", str(function))
+        written = getattr(function, "__name__", str(function))
+        name = written.strip("_")  # `mul` of x * y, of torch.mul, and of x.mul_
         if name in LINEAR or self.whole or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         live = [x for x in tensors([*args, *kwargs.values()]) if x.requires_grad]
         if name == "linear" and len(live) == 1 and live[0] is args[0]:
             return self.ruled(projection, Call(function, args, kwargs, self.rows))
-        if not live or (len(live) == 1 and (name in BILINEAR or (name.strip("_") in QUOTIENTS and live[0] is args[0]))):
-            return function(*args, **kwargs)
-        if name in ("mul_", "div_", "__imul__", "__itruediv__", "__idiv__") and len(live) == 1:
+        if not live or (len(live) == 1 and (name in BILINEAR or (name in QUOTIENTS and live[0] is args[0]))):
             return function(*args, **kwargs)
         if name == "gather":
             if self.flips is not None and self.flips.index is kwargs.get("index", args[-1]):
@@ -195,10 +200,10 @@ class Ruling(TorchFunctionMode):
             return function(*args, **kwargs)
         if name == "topk":
             return self.topk(function, args, kwargs)
-        if name.endswith("_") and not name.startswith("__") and hasattr(torch.Tensor, name[:-1]):
+        if written == f"{name}_" and hasattr(torch.Tensor, name):  # in place
             before = args[0].clone()  # what the rule keeps is not what is changed
             return args[0].copy_(
-                self.__torch_function__(getattr(torch.Tensor, name[:-1]), types, (before, *args[1:]), kwargs)
+                self.__torch_function__(getattr(torch.Tensor, name), types, (before, *args[1:]), kwargs)
             )
         rule = self.rules.get(name)
         if rule is None:
@@ -211,14 +216,12 @@ class Ruling(TorchFunctionMode):
 
     def ruled(self, rule: Envoy, call: Call) -> Envoy:
         """A step by its rule."""
-        self.whole += 1
         try:
-            made = rule(call)
+            with Paused(self):
+                made = rule(call)
         except AuditError as error:
             name = getattr(call.function, "__name__", "a step")
             raise AuditError(f"{self.method!r} has no rule for {name} in {self.where()}: {error}") from None
-        finally:
-            self.whole -= 1
         if not made.inputs:
             return made.out
         if isinstance(self.rows, Recorded):
@@ -246,8 +249,11 @@ class Ruling(TorchFunctionMode):
         """The choice of experts: the other end's stand where the base has the same ones; where it changes is noted."""
         _, index = function(*args, **kwargs)
         if isinstance(self.rows, Rows):
-            rows, (base, end) = self.rows.by_row(index), self.rows.pair
-            rows[end] = aligned(rows[base], rows[end])
+            base, end = self.rows.ends(index)
+            rows = self.rows.by_row(index)
+            rows[self.rows.chosen(self.rows.pair[1], index.device)] = aligned(base, end).unflatten(
+                0, (-1, rows.shape[1])
+            )
             self.flips = Flips(args[0], index, self.rows)
             return torch.return_types.topk((self.flips.taken(args[0]), index))
         return torch.return_types.topk((args[0].gather(-1, index), index))
@@ -266,7 +272,7 @@ def acts_on_numbers(module: Envoy) -> bool:
     try:
         with torch.no_grad():
             out, after = module(x), module(moved)
-    except Exception:
+    except Exception:  # it wants other inputs, or none: whatever it says, it is no function of single numbers
         return False
     if not isinstance(out, Tensor) or out.shape != x.shape or torch.equal(out, x):
         return False

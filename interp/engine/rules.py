@@ -29,26 +29,26 @@ from .step_rules import (
     secant_slope,
 )
 
+#: All names stand without underscores at their ends, in place or as an operator.
 #: Steps that are linear whatever goes in: they keep their derivative.
 LINEAR = frozenset(
     """
-    requires_grad_ view view_as reshape flatten unflatten transpose permute movedim swapaxes t __get__ contiguous
-    clone to type type_as float double half bfloat16 cat stack concat split chunk unbind __getitem__ getitem select narrow
-    index_select squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave roll flip add add_ __add__
-    __radd__ __iadd__ sub sub_ __sub__ rsub __rsub__ __isub__ neg __neg__ mean sum cumsum dropout where masked_fill
-    masked_fill_ masked_select pad tril triu copy_ __setitem__ index_add index_add_ scatter scatter_ scatter_add
-    scatter_add_ index_copy_ retain_grad register_hook tile diff
+    requires_grad view view_as reshape flatten unflatten transpose permute movedim swapaxes t get contiguous clone to
+    type type_as float double half bfloat16 cat stack concat split chunk unbind getitem select narrow index_select
+    squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave roll flip add radd iadd sub rsub isub neg
+    mean sum cumsum dropout where masked_fill masked_select pad tril triu copy setitem index_add scatter scatter_add
+    index_copy retain_grad register_hook tile diff
     """.split()  # noqa: SIM905
 )
 #: Steps that are linear in one input: they keep their derivative where nothing else of what they get depends on the prompt.
 BILINEAR = frozenset(
     """
-    mul multiply __mul__ __rmul__ matmul __matmul__ bmm linear addmm baddbmm conv1d einsum _grouped_mm grouped_mm
+    mul multiply rmul matmul bmm linear addmm baddbmm conv1d einsum grouped_mm imul
     """.split()  # noqa: SIM905
 )
 QUOTIENTS = frozenset(
     """
-    div divide true_divide __truediv__
+    div divide true_divide truediv itruediv idiv
     """.split()  # noqa: SIM905
 )
 #: Functions of single numbers.
@@ -63,31 +63,29 @@ RULES: dict[str, dict[str, Rule]] = {
     "gradient": {},
     "secant": {
         **dict.fromkeys(CURVES, SECANT),
-        **dict.fromkeys(("pow", "__pow__"), power(SECANT)),
+        "pow": power(SECANT),
         "square": closed(lambda x, end, y, y_end: x + end),
         "rsqrt": INVERSE_ROOT,
         "sqrt": closed(lambda x, end, y, y_end: 1 / (y + y_end)),
-        **dict.fromkeys(("reciprocal", "__rdiv__", "__rtruediv__"), closed(lambda x, end, y, y_end: -y * y_end)),
-        **dict.fromkeys(("mul", "multiply", "__mul__", *MATRIX), product(1.0, True)),
+        **dict.fromkeys(("reciprocal", "rdiv", "rtruediv"), closed(lambda x, end, y, y_end: -y * y_end)),
+        **dict.fromkeys(("mul", "multiply", *MATRIX), product(1.0, True)),
         **dict.fromkeys(("addmm", "baddbmm"), added_product(1.0, True)),
         **dict.fromkeys(QUOTIENTS, quotient(True)),
-        **dict.fromkeys(("softmax", "_softmax"), softmax(True)),
+        "softmax": softmax(True),
         "log_softmax": log_softmax,
         "logsumexp": logsumexp,
         **dict.fromkeys(("layer_norm", "rms_norm"), norm(True)),
         "scaled_dot_product_attention": attention(True),
-        **dict.fromkeys(
-            ("max", "amax"), held
-        ),  # what a softmax is shifted by: its derivative is no part of a softmax's
+        **dict.fromkeys(("max", "amax"), held),  # what a softmax is shifted by, which is no part of its derivative
     },
     "relp": {
         **dict.fromkeys(CURVES, RATIO),
-        **dict.fromkeys(("pow", "__pow__"), power(RATIO)),
-        **dict.fromkeys(("rsqrt", "sqrt", "reciprocal", "__rdiv__", "__rtruediv__", "max", "amax"), held),
-        **dict.fromkeys(("mul", "multiply", "__mul__", *MATRIX), product(0.5, False)),
+        "pow": power(RATIO),
+        **dict.fromkeys(("rsqrt", "sqrt", "reciprocal", "rdiv", "rtruediv", "max", "amax"), held),
+        **dict.fromkeys(("mul", "multiply", *MATRIX), product(0.5, False)),
         **dict.fromkeys(("addmm", "baddbmm"), added_product(0.5, False)),
         **dict.fromkeys(QUOTIENTS, quotient(False)),
-        **dict.fromkeys(("softmax", "_softmax"), softmax(False)),
+        "softmax": softmax(False),
         **dict.fromkeys(("layer_norm", "rms_norm"), norm(False)),
         "scaled_dot_product_attention": attention(False),
     },
@@ -95,6 +93,6 @@ RULES: dict[str, dict[str, Rule]] = {
 #: The same with attention patterns held at the base run's, so that only values pass through attention.
 RULES["secant held"] = {
     **RULES["secant"],
-    **dict.fromkeys(("softmax", "_softmax"), softmax(False)),
+    "softmax": softmax(False),
     "scaled_dot_product_attention": attention(False),
 }

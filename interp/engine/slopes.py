@@ -33,8 +33,6 @@ from .trace import execute_gradients
 FLAT = 1e-4
 #: The cut through a model that all its effects go through.
 ENTRY: Place = (-1, "embed")
-
-
 #: The rows that estimates are wanted of: {pair: {number: row}}.
 Wanted = Mapping[int, Mapping[int, Row]]
 
@@ -192,6 +190,12 @@ def estimate(
     return estimates
 
 
+def change_of(piece: Reading, result: dict) -> Tensor:
+    """The metric of the source run less that of the base run `[pair]`, of the pairs of one block."""
+    ends = result["metric"][: 2 * len(piece.asked)].double().cpu()
+    return ends[1::2] - ends[::2]
+
+
 def edge_estimates(
     model: Model,
     context: Context,
@@ -211,8 +215,7 @@ def edge_estimates(
     change = np.zeros(len(runs), dtype=np.float64)
 
     def add(piece: Reading, result: dict) -> None:
-        ends = result["metric"][: 2 * len(piece.asked)].double().cpu()
-        change[list(piece.asked)] = (ends[1::2] - ends[::2]).numpy()
+        change[list(piece.asked)] = change_of(piece, result).numpy()
         chosen = groups[piece.key]
         by_sender = result["edges"].float().cpu().numpy().transpose(0, 2, 1)
         scores[np.ix_(piece.asked, chosen)] = by_sender[:, chosen]
@@ -284,8 +287,7 @@ def neuron_estimates(
         return program
 
     def add(piece: Reading, result: dict) -> None:
-        ends = result["metric"][: 2 * len(piece.asked)].double().cpu()
-        made = {"change": ends[1::2] - ends[::2], **result.get("effects", {})}
+        made = {"change": change_of(piece, result), **result.get("effects", {})}
         if "edges" in result:
             made["edges"] = result["edges"]
         for name, part in made.items():

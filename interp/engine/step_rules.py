@@ -131,17 +131,15 @@ def product(share: float, middle: bool) -> Rule:
         a, b = call.args[:2]
         (a_b, a_s), (b_b, b_s) = call.rows.ends(a), call.rows.ends(b)
         by_a, by_b = ((b_b + b_s) / 2, (a_b + a_s) / 2) if middle else (b_b, a_b)
-        matrix, shapes = call.function.__name__ in MATRIX, (a_b.shape, b_b.shape)
+        matrix, shapes = call.function.__name__.strip("_") in MATRIX, (a_b.shape, b_b.shape)
 
         def pull(gradient: Tensor) -> list[Tensor]:
             if matrix:
                 made = gradient @ by_a.transpose(-1, -2), by_b.transpose(-1, -2) @ gradient
             else:
                 made = gradient * by_a, gradient * by_b
-            return [
-                share * fit(part, shape) if share != 1 else fit(part, shape)
-                for part, shape in zip(made, shapes, strict=True)
-            ]
+            parts = [fit(part, shape) for part, shape in zip(made, shapes, strict=True)]
+            return parts if share == 1 else [share * part for part in parts]
 
         return Ruled(call.out(), [a, b], pull)
 
@@ -225,5 +223,5 @@ def norm(middle: bool) -> Rule:
 
 
 #: Products that are matrices'.
-MATRIX = ("matmul", "bmm", "__matmul__")
+MATRIX = ("matmul", "bmm")
 INVERSE_ROOT = closed(lambda x, end, y, y_end: -((y * y_end) ** 2) / (y + y_end))

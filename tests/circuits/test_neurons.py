@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import interp
 from interp.circuits import NeuronCircuit
@@ -19,7 +19,7 @@ from interp.errors import CircuitError, SiteUnavailableError
 
 from ..families import loaded
 from ..oracle.configs import tiny
-from ..oracle.relevance import forward
+from ..oracle.relevance import forward, small_llama
 
 CLEAN, CORRUPTED = [[3, 9, 31, 42, 17, 8], [6, 8, 30, 41, 12, 2]], [[3, 9, 33, 12, 17, 8], [6, 8, 35, 41, 50, 2]]
 PAIRS = interp.PromptPairs(CLEAN, CORRUPTED, [20, 21], [25, 26])
@@ -28,13 +28,7 @@ ALL = 10_000
 
 @cache
 def small() -> LlamaForCausalLM:
-    sizes = {"hidden_size": 24, "intermediate_size": 10, "num_attention_heads": 4, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    hf = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_hidden_layers=3, **sizes)).eval()
-    with torch.no_grad():
-        for weight in hf.parameters():
-            weight.mul_(8) if weight.ndim > 1 else weight.add_(0.2 * torch.randn_like(weight))
-    return hf
+    return small_llama(3, 10)
 
 
 @cache

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import interp
 from interp.engine.ruled import Rows, Ruling
@@ -17,7 +16,7 @@ from interp.errors import AuditError, PairsError, PlanError
 
 from ..families import SUPPORTED, loaded, words
 from ..oracle.configs import tiny
-from ..oracle.relevance import forward
+from ..oracle.relevance import forward, small_llama
 
 SHAPE = (4, 3, 6)  # rows, positions, features
 
@@ -151,12 +150,7 @@ def test_the_way_in_parts_adds_up_too() -> None:
 
 
 def test_relp_is_the_papers_rule_on_two_layers_by_hand() -> None:
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    hf = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_hidden_layers=2, **sizes)).eval()
-    with torch.no_grad():
-        for weight in hf.parameters():
-            weight.mul_(8) if weight.ndim > 1 else weight.add_(0.2 * torch.randn_like(weight))
+    hf = small_llama(2, 40)
     model, pairs = interp.load_model(hf), pairs_of((9,))
     clean, corrupted = torch.tensor([pairs.clean[0]]) % 60, torch.tensor([pairs.corrupted[0]]) % 60
     pairs = interp.PromptPairs(clean.tolist(), corrupted.tolist(), [5], [7])

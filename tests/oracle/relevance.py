@@ -10,6 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def small_llama(layers: int, hidden_units: int) -> LlamaForCausalLM:
+    """Random and wide: 4 heads over 2 of keys and values, 24 features, 60 tokens."""
+    sizes = {"hidden_size": 24, "intermediate_size": hidden_units, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    hf = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_hidden_layers=layers, **sizes)).eval()
+    with torch.no_grad():
+        for weight in hf.parameters():
+            weight.mul_(8) if weight.ndim > 1 else weight.add_(0.2 * torch.randn_like(weight))
+    return hf
 
 
 def norm(module: Any, x: Tensor) -> Tensor:
